@@ -1,0 +1,60 @@
+"""``load_backbone``: a backbone by name, hub id or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from backbones.errors import InputError
+from backbones.llava import LlavaBackbone
+from backbones.tiny import TINY_FOLDER
+
+FAMILIES = {"llava": LlavaBackbone}
+
+
+def load_backbone(
+    name: str = "tiny",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> LlavaBackbone:
+    """Load a backbone in evaluation mode, its weights frozen.
+
+    Args:
+        name: ``"tiny"`` (embedded), a local folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``.
+        dtype: of the weights.
+        device: where to run.
+        **options: of the family's backbone class: ``heads``, ``width``, ``protected_layers``, …
+
+    Raises:
+        InputError: nothing loadable under that name, an architecture that no family covers, or a device that
+            isn't there.
+    """
+    folder = TINY_FOLDER if name == "tiny" else Path(name)
+    looks_local = name == "tiny" or folder.exists() or name.startswith((".", "/", "~"))
+    where: str | Path = folder if looks_local else name
+    if not looks_local and "/" not in name:
+        raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!s} is not there (no CUDA in this process); use device='cpu'")
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"backbone {name!r} could not be read ({reason}); check the folder or hub id") from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise InputError(
+            f"backbone {name!r} has architecture {config.model_type!r}; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(where)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"backbone {name!r} could not be loaded ({reason})") from error
+    model.requires_grad_(False)
+    return family(model.to(device).eval(), processor, name, **options)

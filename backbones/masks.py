@@ -1,0 +1,138 @@
+"""Plans as boolean masks, and their layout as one flat action.
+
+Shape legend: B rows (one plan each), N visual tokens, L layers, H head slots per layer, A flat action length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbones.errors import InputError
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The plans of a batch: boolean, True = keep.
+
+    Attributes:
+        tokens: (B, N) visual tokens that the language model sees.
+        heads: (B, L, H) head slots; those of a dropped layer mean nothing.
+        layers: (B, L) decoder layers that are run.
+    """
+
+    tokens: Tensor
+    heads: Tensor
+    layers: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Masks:
+        return Masks(self.tokens[rows], self.heads[rows], self.layers[rows])
+
+    def to(self, device: torch.device | str) -> Masks:
+        return Masks(self.tokens.to(device), self.heads.to(device), self.layers.to(device))
+
+    @property
+    def effective_heads(self) -> Tensor:
+        """(B, L, H) head slots that are really computed: kept, in a kept layer."""
+        return self.heads & self.layers[..., None]
+
+    @staticmethod
+    def cat(parts: Sequence[Masks]) -> Masks:
+        return Masks(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.heads for part in parts]),
+            torch.cat([part.layers for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """The shape of a plan for one backbone; it defines the flat action.
+
+    The flat action is ``[tokens (N), heads (L*H, layer by layer), layers (L)]``, 0 = drop, 1 = keep.
+
+    Attributes:
+        tokens: N, visual tokens.
+        layers: L, decoder layers.
+        heads: H, head slots per layer.
+        protected_layers: layers that always run with all their head slots, whatever the action says.
+    """
+
+    tokens: int
+    layers: int
+    heads: int
+    protected_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"MaskLayout.{name} is {getattr(self, name)}; it must be at least 1")
+        outside = [layer for layer in self.protected_layers if not 0 <= layer < self.layers]
+        if outside:
+            raise InputError(f"protected layers {outside} do not exist; the layout has layers 0 to {self.layers - 1}")
+
+    @property
+    def size(self) -> int:
+        """A, the length of the flat action."""
+        return self.tokens + self.layers * self.heads + self.layers
+
+    @property
+    def level1(self) -> slice:
+        """The part of the flat action that the vision-side level decides."""
+        return slice(0, self.tokens)
+
+    @property
+    def level2(self) -> slice:
+        """The part of the flat action that the LLM-side level decides: heads, then layers."""
+        return slice(self.tokens, self.size)
+
+    def full(self, rows: int = 1, device: torch.device | str = "cpu") -> Masks:
+        """The plan that keeps everything, ``rows`` times."""
+        return self.unflatten(torch.ones(rows, self.size, dtype=torch.bool, device=device))
+
+    def flatten(self, masks: Masks) -> Tensor:
+        """Masks of B rows as flat bits, (B, A) bool."""
+        return torch.cat([masks.tokens, masks.heads.flatten(1), masks.layers], dim=1)
+
+    def unflatten(self, bits: Tensor) -> Masks:
+        """Flat bits (B, A) bool as Masks, with the protected parts kept. Unchecked: see ``parse``."""
+        tokens, heads, layers = bits.split([self.tokens, self.layers * self.heads, self.layers], dim=1)
+        heads = heads.unflatten(1, (self.layers, self.heads))
+        if self.protected_layers:
+            protected = list(self.protected_layers)
+            heads, layers = heads.clone(), layers.clone()
+            heads[:, protected] = True
+            layers[:, protected] = True
+        return Masks(tokens, heads, layers)
+
+    def parse(self, actions: np.ndarray) -> Masks:
+        """Actions from outside, (B, A) or (A,) of 0 and 1, as Masks.
+
+        Raises:
+            InputError: a length other than A, or a value other than 0 and 1.
+        """
+        actions = np.atleast_2d(np.asarray(actions))
+        if actions.ndim != 2 or actions.shape[1] != self.size:
+            raise InputError(
+                f"an action has shape {actions.shape[1:]}; this layout ({self.tokens} tokens + {self.layers} x "
+                f"{self.heads} heads + {self.layers} layers) takes a flat vector of {self.size}"
+            )
+        bad = (actions != 0) & (actions != 1)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise InputError(
+                f"action value {actions[row, column]!s} at row {row}, position {column}; "
+                "every value must be 0 (drop) or 1 (keep)"
+            )
+        return self.unflatten(torch.from_numpy(actions.astype(bool)))
+
+    def protected(self, device: torch.device | str = "cpu") -> Tensor:
+        """(A,) bool: the bits that are kept whatever the action says."""
+        return self.flatten(self.unflatten(torch.zeros(1, self.size, dtype=torch.bool, device=device)))[0]

@@ -1,0 +1,211 @@
+"""The batched environment core that all skins share: draw queries and budgets, execute plans, reward them.
+
+Shape legend: B slots of the environment, N visual tokens, T text tokens, D hidden width, A flat action length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import seeding
+from torch import Tensor
+
+from backbones.encoding import EncodingBank, QuerySource
+from backbones.errors import InputError
+from backbones.llava import LlavaBackbone
+from backbones.loading import load_backbone
+from envs.queries import load_queries
+from envs.rewards import Reward, RewardTerms, WeightedReward
+from envs.scoring import reference, score
+
+OBSERVATIONS = ("id", "features")
+MAX_TEXT_TOKENS = 64
+"""Text tokens in a ``features`` observation; longer prompts are refused there."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step brought: rewards (B,), and the raw terms of each row, all (B,)."""
+
+    rewards: np.ndarray
+    info: dict[str, np.ndarray]
+
+
+class MaskingCore:
+    """One-step episodes over a bank of queries, any number at once.
+
+    Args:
+        backbone: answers under the plans; a name, or one that is loaded.
+        data: the queries; a name, a path, or a source.
+        split: of the data.
+        reward: a name, a dotted path, several with weights, or a function of ``RewardTerms``.
+        budgets: each episode's budget is uniform between these two.
+        observation: ``"id"``: the query's number in the bank; ``"features"``: its visual tokens and text embeddings.
+        controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
+            text tokens.
+        max_new_tokens: answers are cut there.
+
+    Raises:
+        InputError: an unknown name or path, a budget outside (0, 1], an unknown kind of observation.
+    """
+
+    def __init__(
+        self,
+        backbone: str | LlavaBackbone = "tiny",
+        data: str | QuerySource = "easy-vqa",
+        split: str = "train",
+        reward: str | Sequence[str] | Reward = "accuracy-flops",
+        budgets: Sequence[float] = (0.2, 1.0),
+        observation: str = "id",
+        controller_flops: int | Callable[[Tensor], Tensor] = 0,
+        max_new_tokens: int = 1,
+    ):
+        if len(budgets) != 2 or not 0 < budgets[0] <= budgets[1] <= 1:
+            raise InputError(
+                f"budgets are {tuple(budgets)}; give a lower and an upper bound with 0 < lower <= upper <= 1"
+            )
+        if observation not in OBSERVATIONS:
+            raise InputError(f"observation is {observation!r}; it must be one of {', '.join(OBSERVATIONS)}")
+        self.reward = WeightedReward(reward)
+        self.backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+        self.source = load_queries(data, split) if isinstance(data, str) else data
+        self.bank = EncodingBank(self.backbone, self.source)
+        self.budgets = (float(budgets[0]), float(budgets[1]))
+        self.observation = observation
+        self.controller_flops = controller_flops
+        self.max_new_tokens = max_new_tokens
+        self.layout = self.backbone.layout
+
+    @property
+    def action_space(self) -> spaces.MultiDiscrete:
+        return spaces.MultiDiscrete(np.full(self.layout.size, 2), dtype=np.int8)  # type: ignore[arg-type]
+
+    @property
+    def observation_space(self) -> spaces.Dict:
+        budget = spaces.Box(0.0, 1.0, (1,), np.float32)
+        if self.observation == "id":
+            return spaces.Dict({"query": spaces.Box(0, max(1, len(self.source) - 1), (1,), np.int64), "budget": budget})
+        limit = np.finfo(np.float32).max
+        hidden = self.backbone.hidden
+        return spaces.Dict(
+            {
+                "visual": spaces.Box(-limit, limit, (self.layout.tokens, hidden), np.float32),
+                "text": spaces.Box(-limit, limit, (MAX_TEXT_TOKENS, hidden), np.float32),
+                "text_tokens": spaces.Box(0, MAX_TEXT_TOKENS, (1,), np.int64),
+                "budget": budget,
+            }
+        )
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, np.float32]:
+        """A query number and a budget."""
+        number = int(rng.integers(len(self.source)))
+        return number, np.float32(rng.uniform(*self.budgets))
+
+    def observe(self, numbers: np.ndarray, budgets: np.ndarray) -> dict[str, np.ndarray]:
+        """Observations of B slots, each entry (B, …), freshly allocated.
+
+        Args:
+            numbers: (B,) query numbers.
+            budgets: (B,) budgets.
+        """
+        budget = budgets.astype(np.float32)[:, None]
+        if self.observation == "id":
+            return {"query": numbers.astype(np.int64)[:, None], "budget": budget}
+        encoding = self.bank.gather(numbers)
+        if encoding.text_BTD.shape[1] > MAX_TEXT_TOKENS:
+            raise InputError(
+                f"a prompt has {encoding.text_BTD.shape[1]} text tokens; a features observation holds "
+                f"{MAX_TEXT_TOKENS}: shorten the question, or use observation='id'"
+            )
+        text = np.zeros((len(numbers), MAX_TEXT_TOKENS, self.backbone.hidden), np.float32)
+        text[:, : encoding.text_BTD.shape[1]] = (encoding.text_BTD * encoding.text_valid_BT[..., None]).cpu().numpy()
+        return {
+            "visual": encoding.visual_BND.float().cpu().numpy(),
+            "text": text,
+            "text_tokens": encoding.text_tokens.cpu().numpy()[:, None],
+            "budget": budget,
+        }
+
+    def step(self, numbers: np.ndarray, budgets: np.ndarray, actions: np.ndarray) -> Outcome:
+        """Execute B plans in one batched call of the backbone.
+
+        Args:
+            numbers: (B,) query numbers.
+            budgets: (B,) budgets.
+            actions: (B, A) of 0 and 1.
+
+        Raises:
+            InputError: an action of another length or with other values, or a reward that fails.
+        """
+        masks = self.layout.parse(actions)
+        if not masks.layers.any(1).all():
+            row = int((~masks.layers.any(1)).nonzero()[0])
+            raise InputError(f"the action at row {row} keeps no layer; a plan must keep at least one")
+        encoding = self.bank.gather(numbers)
+        references = [reference(accepted) for accepted in encoding.answers]
+        answers = self.backbone.answer(encoding, masks, self.max_new_tokens, references)
+        assert answers.log_likelihood is not None
+        charge = self.controller_flops
+        charged = charge(encoding.text_tokens) if callable(charge) else charge
+        cost = self.backbone.cost(masks, encoding.text_tokens, charged)
+        full = self.backbone.full_llm_flops(encoding.text_tokens)
+        terms = RewardTerms(
+            accuracy=np.array([score(text, ok) for text, ok in zip(answers.texts, encoding.answers, strict=True)]),
+            log_likelihood=_array(answers.log_likelihood),
+            flops=_array(cost.llm / full),
+            budget=budgets.astype(np.float64),
+            kept_tokens=_array(masks.tokens.sum(1)),
+            kept_heads=_array(masks.effective_heads.sum((1, 2))),
+            kept_layers=_array(masks.layers.sum(1)),
+        )
+        parts = {f"flops_{name}": _array(getattr(cost, name)) for name in cost.__dataclass_fields__}
+        return Outcome(self.reward(terms, encoding.ids), {**terms.as_dict(), **parts})
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+class Slots:
+    """The running episodes of a batched environment: B query numbers and budgets.
+
+    Slot i draws from its own generator, so it sees what a scalar environment with the same seed sees. Slots of one
+    group of ``plans_per_query`` share a draw: the same query and budget, to be answered under several plans.
+
+    Args:
+        core: draws.
+        count: B, the slots.
+        plans_per_query: size of a group; must divide ``count``.
+    """
+
+    def __init__(self, core: MaskingCore, count: int, plans_per_query: int = 1):
+        if count < 1 or plans_per_query < 1 or count % plans_per_query:
+            raise InputError(
+                f"{count} environments do not divide into groups of {plans_per_query} plans a query; "
+                "choose a multiple of it"
+            )
+        self.core, self.count, self.plans_per_query = core, count, plans_per_query
+        self.numbers = np.zeros(count, np.int64)
+        self.budgets = np.ones(count, np.float32)
+        self.generators: list[np.random.Generator] = []
+
+    def seed(self, seed: int | None) -> None:
+        """Slot i gets seed + i; without a seed, fresh entropy."""
+        groups = self.count // self.plans_per_query
+        seeds = [None] * groups if seed is None else [seed + group for group in range(groups)]
+        self.generators = [seeding.np_random(each)[0] for each in seeds]
+
+    def draw(self) -> None:
+        """New queries and budgets in every slot, in fresh arrays."""
+        drawn = [self.core.draw(generator) for generator in self.generators]
+        self.numbers = np.repeat([number for number, _ in drawn], self.plans_per_query).astype(np.int64)
+        self.budgets = np.repeat([budget for _, budget in drawn], self.plans_per_query).astype(np.float32)
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return self.core.observe(self.numbers, self.budgets)
+
+    def step(self, actions: np.ndarray) -> Outcome:
+        return self.core.step(self.numbers, self.budgets, actions)

@@ -1,0 +1,195 @@
+"""Query sources: data sets with the columns ``image, question, answers`` and optionally ``id``."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from backbones.encoding import Query
+from backbones.errors import InputError
+
+COLUMNS = ("image", "question", "answers")
+SPLITS = ("train", "validation", "test")
+
+
+class DatasetQueries:
+    """Queries backed by a ``datasets.Dataset``; images are decoded one by one, when asked for.
+
+    Args:
+        dataset: with the columns ``image`` (a ``datasets.Image``), ``question``, ``answers`` (list of strings),
+            and optionally ``id``.
+        name: how the data set is called in records.
+        split: the split's name in records.
+
+    Raises:
+        InputError: a missing column, or no rows.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, name: str, split: str):
+        missing = [column for column in COLUMNS if column not in dataset.column_names]
+        if missing:
+            raise InputError(
+                f"data {name!r} lacks the column {missing[0]!r}; it has {', '.join(dataset.column_names)}, "
+                f"and needs {', '.join(COLUMNS)}"
+            )
+        if len(dataset) == 0:
+            raise InputError(f"data {name!r}, split {split!r} has no rows")
+        self.name, self.split = name, split
+        # Undecoded, so that an unreadable image is met, and named, only when its own query is asked for.
+        self._images = dataset.cast_column("image", datasets.Image(decode=False)).with_format(None)["image"]
+        self._questions = [str(question) for question in dataset["question"]]
+        self._answers = [_answer_tuple(answers, name, row) for row, answers in enumerate(dataset["answers"])]
+        has_ids = "id" in dataset.column_names
+        self._ids = [str(id) for id in dataset["id"]] if has_ids else [str(row) for row in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def __getitem__(self, number: int) -> Query:
+        id, question, answers = self.text(number)
+        return Query(id, self._decode(number), question, answers, self.image_key(number))
+
+    def text(self, number: int) -> tuple[str, str, tuple[str, ...]]:
+        """Id, question and answers, without decoding the image."""
+        return self._ids[number], self._questions[number], self._answers[number]
+
+    def image_key(self, number: int) -> Hashable:
+        """Equal for queries that show the same image: its path, or a digest of its bytes."""
+        image = self._images[number]
+        if image["path"] is not None and image["bytes"] is None:
+            return image["path"]
+        return hashlib.blake2b(image["bytes"], digest_size=16).digest()
+
+    def head(self, limit: int | None) -> DatasetQueries:
+        """The first ``limit`` queries, or all."""
+        if limit is None or limit >= len(self):
+            return self
+        part = object.__new__(DatasetQueries)
+        part.name, part.split, part._images = self.name, self.split, self._images
+        part._questions, part._answers = self._questions[:limit], self._answers[:limit]
+        part._ids = self._ids[:limit]
+        return part
+
+    def _decode(self, number: int) -> Image.Image:
+        image = self._images[number]
+        where = image["path"] or f"row {number}"
+        try:
+            opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+            return opened.convert("RGB")
+        except FileNotFoundError as error:
+            raise InputError(f"image {where} of query {self._ids[number]!r} does not exist") from error
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise InputError(
+                f"image {where} of query {self._ids[number]!r} cannot be decoded ({error}); replace or remove it"
+            ) from error
+
+
+def _answer_tuple(answers: Any, name: str, row: int) -> tuple[str, ...]:
+    if isinstance(answers, str) or not hasattr(answers, "__iter__"):
+        raise InputError(f"data {name!r}, row {row}: answers is {answers!r}; it must be a list of strings")
+    return tuple(str(answer) for answer in answers)
+
+
+def easy_vqa(split: str) -> datasets.Dataset:
+    """easy-VQA from its PyPI package: one shape an image, 64 x 64 pixels.
+
+    The official test split, and the official training split without the images kept for validation (every tenth).
+    """
+    import easy_vqa as package
+
+    if split == "test":
+        (questions, answers, images), paths = package.get_test_questions(), package.get_test_image_paths()
+    else:
+        (questions, answers, images), paths = package.get_train_questions(), package.get_train_image_paths()
+    rows = [
+        {"id": f"{split}-{number}", "image": paths[image], "question": question, "answers": [answer]}
+        for number, (question, answer, image) in enumerate(zip(questions, answers, images, strict=True))
+        if split == "test" or (image % 10 == 0) == (split == "validation")
+    ]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+NAMED: dict[str, Callable[[str], datasets.Dataset]] = {"easy-vqa": easy_vqa}
+
+
+def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None = None) -> DatasetQueries:
+    """Queries by name or local path.
+
+    Args:
+        data: a name (``easy-vqa``) or a path: a ``save_to_disk`` folder, a parquet or JSON-lines file, an image
+            folder with ``metadata.jsonl``, or a folder with one such file per split.
+        split: ``train``, ``validation`` or ``test``.
+        limit: keep this many queries at most.
+
+    Raises:
+        InputError: an unknown name, split or format; a missing column.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; it must be at least 1")
+    if data in NAMED:
+        dataset = NAMED[data](split)
+    elif Path(data).exists():
+        dataset = _load_path(Path(data), split)
+    else:
+        raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
+    return DatasetQueries(dataset, data, split).head(limit)
+
+
+def _load_path(path: Path, split: str) -> datasets.Dataset:
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded: Any = datasets.load_from_disk(str(path))
+            if isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[_pick_split(list(loaded), split, path)]
+        elif path.is_file():
+            loaded = datasets.load_dataset(_format(path), data_files=str(path), split="train")
+        else:
+            files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _FORMATS}
+            files.pop("metadata", None)
+            if files:
+                file = files[_pick_split(list(files), split, path)]
+                loaded = datasets.load_dataset(_format(file), data_files=str(file), split="train")
+            else:
+                folders = datasets.load_dataset("imagefolder", data_dir=str(path))
+                loaded = folders[_pick_split(list(folders), split, path)]
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises many kinds; whatever it is, the path could not be read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"data {str(path)!r} could not be read ({reason})") from error
+    if "image" in loaded.column_names and not isinstance(loaded.features["image"], datasets.Image):
+        base = path if path.is_dir() else path.parent
+        loaded = loaded.map(lambda row: {"image": str(base / row["image"])}).cast_column("image", datasets.Image())
+    return loaded
+
+
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+
+
+def _format(file: Path) -> str:
+    if file.suffix not in _FORMATS:
+        raise InputError(f"data {str(file)!r} has suffix {file.suffix!r}; supported: {', '.join(_FORMATS)}")
+    return _FORMATS[file.suffix]
+
+
+def _pick_split(names: list[str], split: str, path: Path) -> str:
+    """The split asked for; a source with a single split serves every request."""
+    if split in names:
+        return split
+    if len(names) == 1:
+        return names[0]
+    raise InputError(f"data {str(path)!r} has no split {split!r}; it has {', '.join(names)}")
+
+
+def sample_numbers(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """``count`` query numbers drawn uniformly with replacement from ``size`` queries, (count,) int64."""
+    return rng.integers(size, size=count)

@@ -1,0 +1,177 @@
+"""Rewards: plain functions from the raw terms of a batch to one number a row.
+
+A reward is chosen by name, by dotted path ``package.module:function``, or as a weighted sum of several, each written
+``WEIGHT*NAME``: ``["accuracy", "-0.2*flops"]``. Your own needs no change here: write the function, name its path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from backbones.errors import InputError
+
+
+@dataclass(frozen=True)
+class RewardTerms:
+    """What is known about B answered queries; every field is (B,) float64.
+
+    Attributes:
+        accuracy: score of the answer, in [0, 1].
+        log_likelihood: log-probability of the accepted answer under the plan, at most 0.
+        flops: share of the full plan's LLM FLOPs that the plan spends, controller included.
+        budget: the share that it may spend.
+        kept_tokens: visual tokens kept.
+        kept_heads: head slots computed, over all layers.
+        kept_layers: layers run.
+    """
+
+    accuracy: np.ndarray
+    log_likelihood: np.ndarray
+    flops: np.ndarray
+    budget: np.ndarray
+    kept_tokens: np.ndarray
+    kept_heads: np.ndarray
+    kept_layers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.accuracy)
+
+    def as_dict(self) -> dict[str, np.ndarray]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+Reward = Callable[[RewardTerms], np.ndarray]
+
+
+def accuracy(terms: RewardTerms) -> np.ndarray:
+    """The answer's score."""
+    return terms.accuracy
+
+
+def log_likelihood(terms: RewardTerms) -> np.ndarray:
+    """Log-probability of the accepted answer, a dense signal where accuracy is 0 or 1; floored at -5."""
+    return np.maximum(terms.log_likelihood, -5.0)
+
+
+def flops(terms: RewardTerms) -> np.ndarray:
+    """Share of the full plan's LLM FLOPs spent: a cost, so give it a negative weight."""
+    return terms.flops
+
+
+def overspend(terms: RewardTerms) -> np.ndarray:
+    """How far the plan is over its budget, relative to it; 0 within. A cost, so give it a negative weight."""
+    return np.maximum(terms.flops - terms.budget, 0.0) / terms.budget
+
+
+def accuracy_flops(terms: RewardTerms) -> np.ndarray:
+    """Accuracy minus 0.1 x the share of FLOPs spent."""
+    return terms.accuracy - 0.1 * terms.flops
+
+
+def budget_hinge(terms: RewardTerms) -> np.ndarray:
+    """Accuracy minus 2 x the relative overspend: within its budget a plan costs nothing."""
+    return terms.accuracy - 2.0 * overspend(terms)
+
+
+REWARDS: dict[str, Reward] = {
+    "accuracy": accuracy,
+    "accuracy-flops": accuracy_flops,
+    "budget-hinge": budget_hinge,
+    "flops": flops,
+    "log-likelihood": log_likelihood,
+    "overspend": overspend,
+}
+
+
+class WeightedReward:
+    """A weighted sum of rewards, each checked: right shape, finite.
+
+    Args:
+        parts: ``NAME``, ``package.module:function``, or either behind ``WEIGHT*``; one, or several to be summed.
+
+    Raises:
+        InputError: an unknown name, a path that cannot be imported, or a weight that is no number.
+    """
+
+    def __init__(self, parts: str | Sequence[str] | Reward):
+        if callable(parts):
+            self.parts: list[tuple[str, float, Reward]] = [(_name(parts), 1.0, parts)]
+            return
+        specs = [parts] if isinstance(parts, str) else list(parts)
+        if not specs:
+            raise InputError(f"no reward given; use one of {', '.join(REWARDS)}, or package.module:function")
+        self.parts = [_parse(spec) for spec in specs]
+
+    def __call__(self, terms: RewardTerms, ids: Sequence[str] = ()) -> np.ndarray:
+        """(B,) float64.
+
+        Args:
+            terms: the raw terms.
+            ids: query ids, named in errors.
+
+        Raises:
+            InputError: a reward that raises, or returns another shape or a value that is not finite.
+        """
+        total = np.zeros(len(terms))
+        for name, weight, function in self.parts:
+            total += weight * _evaluate(name, function, terms, ids)
+        return total
+
+
+def _evaluate(name: str, function: Reward, terms: RewardTerms, ids: Sequence[str]) -> np.ndarray:
+    try:
+        values = np.asarray(function(terms), dtype=np.float64)
+    except Exception as error:  # the user's own code: whatever it raises, say which reward it was
+        raise InputError(f"reward {name!r} raised {type(error).__name__}: {error} ({_some(ids)})") from error
+    if values.shape != (len(terms),):
+        raise InputError(
+            f"reward {name!r} returned shape {values.shape}; it must return one number a row, ({len(terms)},)"
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        where = _some([ids[row] for row in bad.tolist()] if len(ids) else [])
+        raise InputError(f"reward {name!r} returned {values[bad[0]]} in {len(bad)} of {len(terms)} rows ({where})")
+    return values
+
+
+def _some(ids: Sequence[str]) -> str:
+    shown = ", ".join(ids[:3])
+    return f"queries {shown}{', …' if len(ids) > 3 else ''}" if ids else "no query ids known"
+
+
+def _name(function: Reward) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _parse(spec: str) -> tuple[str, float, Reward]:
+    weight_text, star, name = spec.rpartition("*")
+    try:
+        weight = float(weight_text) if star else 1.0
+    except ValueError as error:
+        raise InputError(
+            f"reward {spec!r}: the weight {weight_text!r} is not a number; write e.g. 0.5*{name}"
+        ) from error
+    if name in REWARDS:
+        return name, weight, REWARDS[name]
+    module, colon, function_name = name.partition(":")
+    if not colon:
+        raise InputError(f"unknown reward {name!r}; use one of {', '.join(REWARDS)}, or package.module:function")
+    return name, weight, _import(name, module, function_name)
+
+
+def _import(name: str, module: str, function_name: str) -> Reward:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), function_name)
+    except Exception as error:  # importing runs the user's module
+        raise InputError(f"reward {name!r} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(function):
+        raise InputError(f"reward {name!r} is a {type(function).__name__}; it must be a function of RewardTerms")
+    return function

@@ -1,0 +1,38 @@
+"""Scores of an answer against the accepted ones, in [0, 1]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+
+def normalise(answer: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return " ".join(answer.lower().split()).rstrip(".").rstrip()
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """1 if the answer equals an accepted one after normalisation, else 0."""
+    return float(normalise(answer) in {normalise(other) for other in accepted})
+
+
+def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """VQA soft accuracy (Antol et al. 2015, arXiv 1505.00468): the mean, over leaving one annotator out, of
+    min(matches among the others / 3, 1)."""
+    counts = Counter(map(normalise, accepted))
+    matches, others = counts[normalise(answer)], len(accepted) - 1
+    if others < 1:
+        return exact_match(answer, accepted)
+    without_match = (len(accepted) - matches) * min(matches / 3, 1)
+    without_other = matches * min((matches - 1) / 3, 1)
+    return (without_match + without_other) / len(accepted)
+
+
+def score(answer: str, accepted: Sequence[str]) -> float:
+    """Exact match for a single accepted answer, VQA soft accuracy for several annotators' answers."""
+    return exact_match(answer, accepted) if len(accepted) < 2 else vqa_accuracy(answer, accepted)
+
+
+def reference(accepted: Sequence[str]) -> str:
+    """The answer whose likelihood is measured: the most frequent accepted one, the first among equals."""
+    return Counter(accepted).most_common(1)[0][0]

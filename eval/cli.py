@@ -1,0 +1,60 @@
+"""What every command shares: options from a dataclass and YAML, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from backbones.errors import InputError as InputError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; bad input ends it with status 2 and one line on standard error."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:
+    """Options of the dataclass ``config`` from the command line, over those of ``--config FILE.yaml``.
+
+    Raises:
+        InputError: a YAML file that is missing, unreadable, or has unknown options.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    defaults: dict[str, Any] = {}
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 == len(arguments):
+            raise InputError("--config needs the path of a YAML file")
+        defaults = _read_yaml(Path(arguments[place + 1]), config)
+        del arguments[place : place + 2]
+    return tyro.cli(config, args=arguments, default=config(**defaults))
+
+
+def _read_yaml(path: Path, config: Any) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"config {str(path)!r} does not exist") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {str(path)!r} is not readable YAML") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"config {str(path)!r} must hold a mapping of options")
+    known = {field.name for field in dataclasses.fields(config)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise InputError(
+            f"config {str(path)!r} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

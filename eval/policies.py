@@ -1,0 +1,40 @@
+"""POLICY on the command line: a run folder, or a baseline's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backbones.errors import InputError
+from backbones.llava import LlavaBackbone
+from eval.runs import RunFolder
+from policies.baselines import BASELINES, Planner
+from policies.learned import ControllerPlanner, load_controller
+
+
+def backbone_of(policies: list[str], backbone: str | None) -> str:
+    """The backbone to evaluate on: the one asked for, else that of the run folders, else ``tiny``.
+
+    Raises:
+        InputError: runs of different backbones.
+    """
+    if backbone is not None:
+        return backbone
+    runs = [RunFolder(policy) for policy in policies if policy not in BASELINES and Path(policy).exists()]
+    names = sorted({str(run.config().get("backbone", "tiny")) for run in runs})
+    if len(names) > 1:
+        raise InputError(f"the runs are for different backbones ({', '.join(names)}); evaluate them one by one")
+    return names[0] if names else "tiny"
+
+
+def load_planner(policy: str, backbone: LlavaBackbone, seed: int) -> Planner:
+    """A planner by baseline name or run folder.
+
+    Raises:
+        InputError: neither.
+    """
+    if policy in BASELINES:
+        return BASELINES[policy](backbone, seed)
+    folder = RunFolder(policy)
+    if not folder.is_run():
+        raise InputError(f"unknown policy {policy!r}; use a run folder or one of {', '.join(BASELINES)}")
+    return ControllerPlanner(load_controller(folder.path, backbone), backbone, folder.path.name)

@@ -1,0 +1,79 @@
+"""Records as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Record = dict[str, Any]
+
+COLUMNS = (
+    ("policy", "policy", "{}"),
+    ("budget", "budget", "{:.2f}"),
+    ("accuracy", "accuracy %", "{:.2%}"),
+    ("accuracy_stderr", "± %", "{:.2%}"),
+    ("llm_flops_ratio", "LLM FLOPs %", "{:.1%}"),
+    ("total_flops_ratio", "total FLOPs %", "{:.1%}"),
+    ("budget_violations", "over budget", "{}"),
+    ("kept_tokens", "tokens", "{:.1f}"),
+    ("kept_heads", "heads", "{:.1f}"),
+    ("kept_layers", "layers", "{:.1f}"),
+)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Records as an aligned Markdown table."""
+    rows = [[head for _, head, _ in COLUMNS]]
+    rows += [[form.format(record[key]).replace("%", "") for key, _, form in COLUMNS] for record in records]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
+    """Accuracy over LLM FLOPs, one line a policy, with 95 % error bars."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for policy in dict.fromkeys(record["policy"] for record in records):
+        own = sorted((record for record in records if record["policy"] == policy), key=lambda r: r["llm_flops_ratio"])
+        x = [100 * record["llm_flops_ratio"] for record in own]
+        y = [100 * record["accuracy"] for record in own]
+        if len(own) == 1:
+            axes.axhline(y[0], color="0.5", linestyle="--", linewidth=1, zorder=0)
+        errors = [196 * record["accuracy_stderr"] for record in own]
+        axes.errorbar(x, y, errors, marker="o", capsize=3, label=policy, color="0.4" if len(own) == 1 else None)
+    first = records[0]
+    axes.set(xlabel="LLM FLOPs spent (% of the full plan, controller included)", ylabel="accuracy (%)")
+    axes.set_title(f"{first['backbone']} on {first['data']} ({first['split']}, n = {first['n']:,})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training reward, and validation accuracy at each budget, over answered plans."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rewards = [(line["queries"], line["reward"]) for line in metrics if "reward" in line]
+    if rewards:
+        left.plot(*zip(*rewards, strict=True), linewidth=1)
+    left.set(xlabel="answered plans", ylabel="mean reward of a rollout", title="training")
+    validations = [line for line in metrics if "validation" in line]
+    for budget in validations[0]["validation"] if validations else ():
+        points = [(line["queries"], 100 * line["validation"][budget]["accuracy"]) for line in validations]
+        right.plot(*zip(*points, strict=True), marker="o", label=f"budget {budget}")
+    right.set(xlabel="answered plans", ylabel="accuracy (%)", title="validation")
+    if validations:
+        right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

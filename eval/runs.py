@@ -1,0 +1,139 @@
+"""Run folders: what a run was, what it measured, and what it made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from backbones.errors import InputError
+
+PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
+
+
+class RunFolder:
+    """The folder of one run: ``config.yaml, command.txt, environment.json, metrics.jsonl, result.json``.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path | str, config: Any, resume: bool = False) -> RunFolder:
+        """Make the folder, or take up an earlier run's.
+
+        Raises:
+            InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
+                or by a run of another config.
+        """
+        folder = cls(path)
+        fields = _plain(dataclasses.asdict(config))
+        if folder.path.exists() and not folder.path.is_dir():
+            raise InputError(f"output {str(path)!r} is a file; choose another --out")
+        if folder.path.exists() and any(folder.path.iterdir()):
+            if not folder.is_run():
+                raise InputError(f"output {str(path)!r} exists and is not a run folder; choose another --out")
+            if not resume:
+                raise InputError(f"output {str(path)!r} holds a run already; add --resume, or choose another --out")
+            changed = [key for key, value in folder.config().items() if fields.get(key, value) != value]
+            if changed:
+                raise InputError(
+                    f"output {str(path)!r} was begun with {changed[0]}={folder.config()[changed[0]]!r}, now "
+                    f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
+                )
+            return folder
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+        (folder.path / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+        (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        return folder
+
+    def is_run(self) -> bool:
+        return (self.path / "config.yaml").is_file()
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config that the run was begun with.
+
+        Raises:
+            InputError: not a run folder, or an unreadable config.
+        """
+        if not self.is_run():
+            raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
+        try:
+            fields = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{str(self.path / 'config.yaml')!r} is not readable YAML") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"{str(self.path / 'config.yaml')!r} must hold a mapping of options")
+        return fields
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def log(self, **metrics: Any) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def truncate_metrics(self, keep: int) -> None:
+        """Drop the lines that a killed run wrote after its last checkpoint."""
+        lines = [json.dumps(line) + "\n" for line in self.metrics()[:keep]]
+        write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+
+    def write_result(self, records: Sequence[dict[str, Any]]) -> None:
+        write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, platform and git revision."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), "git": _revision(), **versions}
+
+
+def _revision() -> str:
+    root = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and paths as strings, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,46 @@
+"""Optional tracking by Weights & Biases: off unless asked, offline without a key, never in the way."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Tracker:
+    """Sends metrics to wandb, or does nothing.
+
+    Args:
+        project: wandb project; None switches tracking off.
+        folder: where wandb may write.
+        config: the run's options.
+    """
+
+    def __init__(self, project: str | None, folder: Path, config: dict[str, Any]):
+        self.run: Any = None
+        if project is None:
+            return
+        import wandb
+
+        online = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+        mode: Any = os.environ.get("WANDB_MODE", "online" if online else "offline")
+        settings = wandb.Settings(silent=True, init_timeout=20)
+        try:
+            self.run = wandb.init(
+                project=project, name=folder.name, dir=str(folder), config=config, mode=mode, settings=settings
+            )
+        except Exception as error:  # no network, a bad key: the run goes on without tracking
+            print(f"wandb is not available ({error}); going on without it", file=sys.stderr)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def finish(self, images: dict[str, Path]) -> None:
+        if self.run is None:
+            return
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+        self.run.finish()

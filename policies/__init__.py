@@ -1,0 +1,18 @@
+"""The two-level controller, what trains it, what makes its plans fit, and the baselines."""
+
+from policies.baselines import BASELINES, Planner, random_plans
+from policies.controller import ControllerConfig, TwoLevelController
+from policies.learned import ControllerPlanner, load_controller, save_controller
+from policies.projection import project
+
+__all__ = [
+    "BASELINES",
+    "ControllerConfig",
+    "ControllerPlanner",
+    "Planner",
+    "TwoLevelController",
+    "load_controller",
+    "project",
+    "random_plans",
+    "save_controller",
+]

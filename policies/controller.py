@@ -1,0 +1,152 @@
+"""The two-level controller: visual tokens first, then heads and layers given what the first level kept.
+
+A plain ``nn.Module``, the same for every estimator; how it is sampled and trained is decided elsewhere.
+
+Shape legend: B rows, N visual tokens, T text tokens, D hidden width of the backbone, W width of the controller,
+K question pools, A2 = L*H + L decisions of the second level, 4 features of a share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.cost import mlp_flops
+from backbones.masks import MaskLayout
+
+SHARE_FEATURES = 4
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """The sizes of a controller; saved as ``controller.json``.
+
+    Attributes:
+        tokens, layers, heads: the layout that it decides on.
+        hidden: D, the width of the backbone whose encodings it reads.
+        width: W, its own.
+        pools: K, learned poolings of the question.
+        initial_logit: keep-logit of every unit before training.
+        text_tokens: longest prompt with positions of their own; later tokens share the last.
+    """
+
+    tokens: int
+    layers: int
+    heads: int
+    hidden: int
+    width: int = 48
+    pools: int = 4
+    initial_logit: float = 2.0
+    text_tokens: int = 64
+
+    @classmethod
+    def for_layout(cls, layout: MaskLayout, hidden: int, **sizes: Any) -> ControllerConfig:
+        return cls(layout.tokens, layout.layers, layout.heads, hidden, **sizes)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the controller made of a batch before its first decision.
+
+    Attributes:
+        context_BW: question, image summary and budget.
+        tokens_BNW: features of the visual tokens in that context.
+    """
+
+    context_BW: Tensor
+    tokens_BNW: Tensor
+
+
+class TwoLevelController(nn.Module):
+    """Level 1 gives a keep-logit per visual token; level 2, given the tokens kept and the budget left, one per head
+    slot and per layer.
+
+    Args:
+        config: its sizes.
+    """
+
+    def __init__(self, config: ControllerConfig):
+        super().__init__()
+        self.config = config
+        d, w = config.hidden, config.width
+        self.text_norm = nn.LayerNorm(d)
+        self.text_places = nn.Parameter(torch.zeros(config.text_tokens, d))
+        self.pool = nn.Linear(d, config.pools)
+        self.read_question = nn.Linear(config.pools * d, w)
+        self.visual_norm = nn.LayerNorm(d)
+        self.read_visual = nn.Linear(d, w)
+        self.visual_places = nn.Parameter(torch.zeros(config.tokens, w))
+        self.read_context = nn.Linear(2 * w + SHARE_FEATURES, w)
+        self.modulate = nn.Linear(w, 2 * w)
+        self.token_head = nn.Linear(w, 1)
+        self.read_kept = nn.Linear(2 * w + 2 * SHARE_FEATURES, w)
+        self.llm_head = nn.Linear(w, config.layers * config.heads + config.layers)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.text_places, std=0.02)
+        nn.init.normal_(self.visual_places, std=0.02)
+        for head in (self.token_head, self.llm_head):
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.constant_(head.bias, self.config.initial_logit)
+
+    def read(self, visual_BND: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor) -> Reading:
+        """Read a batch of encodings and budgets.
+
+        Args:
+            visual_BND: visual tokens.
+            text_BTD: text embeddings, padded.
+            text_valid_BT: bool, False where padded.
+            budgets_B: shares in (0, 1].
+        """
+        places_T = torch.arange(text_BTD.shape[1], device=text_BTD.device).clamp_max(self.config.text_tokens - 1)
+        words_BTD = self.text_norm(text_BTD) + self.text_places[places_T]
+        weights_BTK = self.pool(words_BTD).masked_fill(~text_valid_BT[..., None], -torch.inf).softmax(1)
+        question_BW = self.read_question((weights_BTK.transpose(1, 2) @ words_BTD).flatten(1))
+        tokens_BNW = self.read_visual(self.visual_norm(visual_BND)) + self.visual_places
+        inputs = torch.cat([question_BW, tokens_BNW.mean(1), share_features(budgets_B)], dim=1)
+        context_BW = F.gelu(self.read_context(inputs))
+        scale_BW, shift_BW = self.modulate(context_BW).chunk(2, dim=1)
+        return Reading(context_BW, F.gelu(tokens_BNW * (1 + scale_BW[:, None]) + shift_BW[:, None]))
+
+    def token_logits(self, reading: Reading) -> Tensor:
+        """Level 1: keep-logits (B, N)."""
+        return self.token_head(reading.tokens_BNW)[..., 0]
+
+    def llm_logits(self, reading: Reading, kept_BN: Tensor, left_B: Tensor) -> Tensor:
+        """Level 2: keep-logits (B, A2) of the head slots, layer by layer, then of the layers.
+
+        Args:
+            reading: of the same rows.
+            kept_BN: the tokens kept, bool, or relaxed in [0, 1].
+            left_B: the share of the LLM-side compute at these tokens that the budget still pays for; see
+                ``budget_left``.
+        """
+        weights_BN = kept_BN.to(reading.tokens_BNW.dtype)
+        count_B = weights_BN.sum(1)
+        kept_BW = (weights_BN[..., None] * reading.tokens_BNW).sum(1) / count_B.clamp_min(1)[:, None]
+        shares = [share_features(left_B), share_features(count_B / self.config.tokens)]
+        return self.llm_head(F.gelu(self.read_kept(torch.cat([reading.context_BW, kept_BW, *shares], dim=1))))
+
+    def flops(self, text_tokens: Tensor) -> Tensor:
+        """(B,) FLOPs (2 x MACs) of one decision for prompts of (B,) text tokens."""
+        c = self.config
+        d, w = c.hidden, c.width
+        question = text_tokens * (2 * mlp_flops(1, d, c.pools)) + mlp_flops(1, c.pools * d, w)  # score, then pool
+        level1 = mlp_flops(c.tokens, d, w) + mlp_flops(1, 2 * w + SHARE_FEATURES, w, 2 * w) + mlp_flops(c.tokens, w, 1)
+        level2 = mlp_flops(1, 2 * w + 2 * SHARE_FEATURES, w, self.llm_head.out_features)
+        return question + level1 + level2
+
+    def config_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
+
+def share_features(share_B: Tensor) -> Tensor:
+    """A share in [0, about 2] on four scales, (B, 4) float32."""
+    share_B = share_B.float().clamp(0, 2)
+    return torch.stack([share_B, share_B.square(), share_B.sqrt(), (share_B + 0.05).log()], dim=1)

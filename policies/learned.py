@@ -1,0 +1,80 @@
+"""A trained controller as a planner, and its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from backbones.encoding import Encoding
+from backbones.errors import InputError
+from backbones.llava import LlavaBackbone
+from backbones.masks import Masks
+from policies.controller import ControllerConfig, TwoLevelController
+from policies.decisions import Decider
+
+WEIGHTS, SIZES = "controller.safetensors", "controller.json"
+
+
+class ControllerPlanner:
+    """Plans by a trained controller, each projected into its budget.
+
+    Args:
+        controller: the controller.
+        backbone: the backbone it was trained for.
+        name: in records.
+    """
+
+    budgeted = True
+
+    def __init__(self, controller: TwoLevelController, backbone: LlavaBackbone, name: str):
+        self.decider = Decider(controller.eval(), backbone)
+        self.name = name
+
+    @torch.no_grad()
+    def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
+        reading = self.decider.read(encoding, budgets_B)
+        decisions = self.decider.decide(encoding, reading, budgets_B, sample=False)
+        return self.decider.fit(encoding, decisions, budgets_B)
+
+    def controller_flops(self, encoding: Encoding) -> Tensor:
+        return self.decider.controller_flops(encoding)
+
+
+def save_controller(controller: TwoLevelController, folder: Path) -> None:
+    """Write ``controller.safetensors`` and ``controller.json``."""
+    save_file({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}, folder / WEIGHTS)
+    (folder / SIZES).write_text(json.dumps(controller.config_dict(), indent=2) + "\n")
+
+
+def load_controller(folder: Path, backbone: LlavaBackbone) -> TwoLevelController:
+    """Read a controller back.
+
+    Raises:
+        InputError: a missing or unreadable file, or a controller for another backbone.
+    """
+    try:
+        sizes: dict[str, Any] = json.loads((folder / SIZES).read_text())
+        config = ControllerConfig(**sizes)
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"no readable controller in {str(folder)!r} ({error}); is it a finished run?") from error
+    layout = backbone.layout
+    mine = (config.tokens, config.layers, config.heads, config.hidden)
+    theirs = (layout.tokens, layout.layers, layout.heads, backbone.hidden)
+    if mine != theirs:
+        raise InputError(
+            f"the controller in {str(folder)!r} is for (tokens, layers, heads, hidden) = {mine}; "
+            f"backbone {backbone.name!r} has {theirs}"
+        )
+    controller = TwoLevelController(config)
+    try:
+        controller.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}") from error
+    return controller

@@ -1,0 +1,75 @@
+"""The deterministic last step: drop the least confident units until the plan fits its budget.
+
+Shape legend: B rows, A flat action length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from backbones.errors import InputError
+from backbones.llava import LlavaBackbone
+from backbones.masks import Masks
+
+
+def project(
+    backbone: LlavaBackbone,
+    masks: Masks,
+    confidence_BA: Tensor,
+    budgets_B: Tensor,
+    text_tokens_B: Tensor,
+    controller_flops: int | Tensor = 0,
+) -> Masks:
+    """Make every plan fit its budget by dropping its least confident kept units.
+
+    For fixed masks and confidences a larger budget keeps a superset. Protected units are never dropped.
+
+    Args:
+        backbone: prices the plans.
+        masks: B plans.
+        confidence_BA: one number a unit in flat-action order; the lowest go first.
+        budgets_B: share of the full plan's LLM FLOPs, in (0, 1].
+        text_tokens_B: text tokens of each prompt.
+        controller_flops: charged to the budget, one number or (B,).
+
+    Raises:
+        InputError: a budget below what the smallest plan costs; the message names the least budget.
+    """
+    full_B = backbone.full_llm_flops(text_tokens_B)
+    limits_B = budget_flops(budgets_B, full_B)
+
+    def spent(bits_BA: Tensor) -> Tensor:
+        return backbone.cost(layout.unflatten(bits_BA), text_tokens_B, controller_flops).llm
+
+    layout = backbone.layout
+    bits_BA = layout.flatten(masks)
+    droppable_BA = bits_BA & ~layout.protected(bits_BA.device)
+    counts_B = droppable_BA.sum(1)
+    # Rank 0 goes first. Whatever cannot be dropped ranks behind everything that can.
+    order_BA = confidence_BA.masked_fill(~droppable_BA, torch.inf).argsort(dim=1, stable=True)
+    rank_BA = torch.empty_like(order_BA).scatter_(1, order_BA, torch.arange(layout.size).expand_as(order_BA))
+
+    def without(dropped_B: Tensor) -> Tensor:
+        return bits_BA & ~(droppable_BA & (rank_BA < dropped_B[:, None]))
+
+    least_B = spent(without(counts_B))
+    if (least_B > limits_B).any():
+        row = int((least_B - limits_B).argmax())
+        raise InputError(
+            f"budget {float(budgets_B[row]):g} is below the smallest plan's cost; "
+            f"the least budget here is {float(least_B[row]) / float(full_B[row]):.4f}"
+        )
+    # The fewest drops that fit: bisection over a cost that never grows with the number of drops.
+    low_B, high_B = torch.zeros_like(counts_B), counts_B
+    while bool((low_B < high_B).any()):
+        middle_B = (low_B + high_B) // 2
+        fits_B = spent(without(middle_B)) <= limits_B
+        high_B = torch.where(fits_B, middle_B, high_B)
+        low_B = torch.where(fits_B, low_B, (middle_B + 1).minimum(high_B))
+    return layout.unflatten(without(high_B))
+
+
+def budget_flops(budgets_B: Tensor, full_B: Tensor) -> Tensor:
+    """(B,) int64: the most FLOPs that each query may spend. Rounded down, so a plan that fits never exceeds."""
+    return (budgets_B.double() * full_B.double()).floor().long()

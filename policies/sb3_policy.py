@@ -1,0 +1,127 @@
+"""The two-level controller as a Stable-Baselines3 actor-critic policy.
+
+The backbone is not a sub-module: its weights are neither trained nor saved here. Observations hold query numbers, which
+are looked up in the bank, so the rollout buffer stores a number, a budget and int8 bits a transition.
+
+Shape legend: B rows, A flat action length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+from torch import Tensor, nn
+
+from backbones.encoding import Encoding, EncodingBank
+from backbones.llava import LlavaBackbone
+from policies.controller import ControllerConfig, Reading, TwoLevelController
+from policies.decisions import Decider, Decisions
+
+
+class TwoLevelPolicy(ActorCriticPolicy):
+    """Autoregressive over the two levels: tokens, then heads and layers given the tokens kept and the budget left.
+
+    Args:
+        observation_space: of ``MaskingCore``.
+        action_space: the flat action.
+        lr_schedule: learning rate by remaining progress.
+        bank: the queries' encodings; its encoder is the backbone.
+        controller: sizes of the controller beyond the layout's.
+        **options: SB3's own: ``optimizer_class``, ``optimizer_kwargs``.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        bank: EncodingBank,
+        controller: dict[str, Any] | None = None,
+        **options: Any,
+    ):
+        assert isinstance(bank.encoder, LlavaBackbone)
+        self.bank = bank
+        self.backbone = bank.encoder
+        self.controller_sizes = controller or {}
+        super().__init__(observation_space, action_space, lr_schedule, **options)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        config = ControllerConfig.for_layout(self.backbone.layout, self.backbone.hidden, **self.controller_sizes)
+        self.controller = TwoLevelController(config)
+        self.critic = nn.Sequential(nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, 1))
+        self.decider = Decider(self.controller, self.backbone)
+        self.pending: tuple[Encoding, Decisions, Tensor] | None = None
+        self.optimizer = self.optimizer_class(self.parameters(), **{"lr": lr_schedule(1), **self.optimizer_kwargs})
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions (B, A), values (B, 1) and joint log-probabilities (B,)."""
+        encoding, budgets_B, reading = self._read(obs)
+        decisions = self.decider.decide(encoding, reading, budgets_B, sample=not deterministic)
+        self.pending = encoding, decisions, budgets_B
+        return decisions.bits_BA.to(torch.int8), self.critic(reading.context_BW), decisions.log_prob()
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values (B, 1), joint log-probabilities (B,) and mean entropy per decision (B,)."""
+        encoding, budgets_B, reading = self._read(obs)
+        decisions = self.decider.review(encoding, reading, budgets_B, actions.bool())
+        # Per decision, so that an entropy coefficient means the same for 94 decisions and for 1,632.
+        entropy_B = decisions.entropy() / self.decider.free_A.sum()
+        return self.critic(reading.context_BW), decisions.log_prob(), entropy_B
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        return self.critic(self._read(obs)[2].context_BW)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """Actions that fit their budgets."""
+        encoding, budgets_B, reading = self._read(observation)
+        decisions = self.decider.decide(encoding, reading, budgets_B, sample=not deterministic)
+        masks = self.decider.fit(encoding, decisions, budgets_B)
+        return self.backbone.layout.flatten(masks).to(torch.int8)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        raise TypeError("the two levels have no joint factorised distribution; use forward or evaluate_actions")
+
+    def fitted(self) -> np.ndarray:
+        """The actions of the last ``forward``, projected into their budgets, (B, A) int8."""
+        assert self.pending is not None, "no forward pass to project"
+        encoding, decisions, budgets_B = self.pending
+        masks = self.decider.fit(encoding, decisions, budgets_B)
+        return self.backbone.layout.flatten(masks).cpu().numpy().astype(np.int8)
+
+    def _read(self, obs: PyTorchObs) -> tuple[Encoding, Tensor, Reading]:
+        assert isinstance(obs, dict)
+        budgets_B = obs["budget"][:, 0]
+        encoding = self.bank.gather(obs["query"][:, 0].long().cpu().numpy())
+        return encoding, budgets_B, self.decider.read(encoding, budgets_B)
+
+
+class FittedVecEnv(VecEnvWrapper):
+    """Executes what the policy sampled after projection into the budget; the buffer keeps what was sampled.
+
+    The projection is then part of the environment that the policy learns in, and no over-budget penalty is needed.
+
+    Args:
+        venv: the environment.
+    """
+
+    policy: TwoLevelPolicy
+
+    def __init__(self, venv: VecEnv):
+        super().__init__(venv)
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.venv.step_async(self.policy.fitted())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        return self.venv.step_wait()

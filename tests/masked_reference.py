@@ -1,0 +1,56 @@
+"""The slow reference: one row at a time, everything computed, what the plan drops multiplied by zero or masked out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+from backbones import Encoding, LlavaBackbone, Masks
+
+
+def masked_logits(backbone: LlavaBackbone, encoding: Encoding, masks: Masks, row: int) -> Tensor:
+    """Logits (V,) after the prompt of one row, by masking alone."""
+    model, decoder = backbone.model.model.language_model, backbone.decoder
+    x, keep = _sequence(encoding, masks, row)
+    length = x.shape[1]
+    visible = torch.ones(length, length).tril().bool() & keep[None]
+    bias = torch.zeros(length, length).masked_fill(~visible, -torch.inf)
+    bias[~keep] = 0.0  # a dropped token's own row is never used; keep its softmax finite
+    rope = model.rotary_emb(x, torch.arange(length)[None])
+    for number, layer in enumerate(model.layers):
+        slots = masks.heads[row, number].float()
+        update = _attention(layer, x, rope, bias, slots.repeat_interleave(decoder.query_heads * decoder.head_width))
+        runs = masks.layers[row, number] & (slots.any() if decoder.width == "heads+mlp" else torch.tensor(True))
+        after = x + update
+        inner = layer.mlp.gate_proj(layer.post_attention_layernorm(after))
+        inner = layer.mlp.act_fn(inner) * layer.mlp.up_proj(layer.post_attention_layernorm(after))
+        if decoder.width == "heads+mlp":
+            widths = torch.tensor([stop - start for start, stop in decoder.mlp_cuts])
+            inner = inner * slots.repeat_interleave(widths)
+        x = torch.where(runs, after + layer.mlp.down_proj(inner), x)
+    return backbone.model.lm_head(model.norm(x))[0, -1]
+
+
+def _attention(layer, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, slots: Tensor) -> Tensor:
+    attention = layer.self_attn
+    h = layer.input_layernorm(x)
+    q, k, v = (
+        projection(h).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *rope)
+    k, v = repeat_kv(k, attention.num_key_value_groups), repeat_kv(v, attention.num_key_value_groups)
+    weights = (q @ k.transpose(2, 3) * attention.scaling + bias).softmax(-1)
+    return attention.o_proj((weights @ v).transpose(1, 2).flatten(2) * slots)
+
+
+def _sequence(encoding: Encoding, masks: Masks, row: int) -> tuple[Tensor, Tensor]:
+    """The unpruned sequence (1, S, D) and which of its tokens are kept (S,)."""
+    valid = encoding.text_valid_BT[row]
+    length = int(encoding.lengths[row])
+    x, keep = torch.zeros(1, length, encoding.visual_BND.shape[2]), torch.ones(length, dtype=torch.bool)
+    x[0, encoding.visual_positions_BN[row]] = encoding.visual_BND[row]
+    keep[encoding.visual_positions_BN[row]] = masks.tokens[row]
+    x[0, encoding.text_positions_BT[row][valid]] = encoding.text_BTD[row][valid]
+    return x, keep

@@ -1,0 +1,199 @@
+"""Train the embedded VLM, first plainly, then under random plans so that it degrades gradually.
+
+The first part learns the task with the full plan. In the second part every query runs twice in one batch, once in
+full and once under a random plan that is really executed; the pruned row learns the answer and the full row's
+distribution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from backbones import EncodingBank, LlavaBackbone
+from backbones.masks import Masks
+from backbones.tiny import build_tiny
+from envs.queries import DatasetQueries, load_queries
+from envs.scoring import reference
+from eval import cli
+from eval.evaluate import evaluate
+from eval.runs import RunFolder
+from policies.baselines import FullPlanner, RandomPlanner, random_plans
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    """Train the embedded VLM (`tiny`) from random weights and save it in Hugging Face format."""
+
+    data: str = "easy-vqa"
+    """Training data: a name, or a path with the columns image, question, answers."""
+    out: Path = Path("runs/tiny")
+    """Run folder; the trained model is saved in its `model/`."""
+    steps: int = 2000
+    """Optimiser steps."""
+    plain_share: float = 0.5
+    """Share of the steps before random plans join."""
+    images: int = 48
+    """Images a step; half as many once random plans join, since every query then runs twice."""
+    questions: int = 4
+    """Questions an image a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate: linear warm-up, then cosine to zero."""
+    warmup: int = 100
+    """Steps of warm-up."""
+    budgets: tuple[float, float] = (0.1, 1.0)
+    """Random plans' budgets are uniform between these."""
+    seed: int = 0
+    """Of weights, batches, augmentation and plans."""
+    validate_every: int = 200
+    """Steps between validations and checkpoints."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+
+
+class Batches:
+    """Training batches: images with several of their questions each, images flipped at random.
+
+    Of an image's questions, those with rare answers are drawn more often (by the inverse root of the answer's
+    frequency): where most answers are yes or no, the model would otherwise learn the questions long before it looks.
+
+    Args:
+        queries: the training split.
+        backbone: its processor prepares the images, once.
+        seed: of the draws; with a step number it fixes a batch, so training resumes exactly.
+    """
+
+    def __init__(self, queries: DatasetQueries, backbone: LlavaBackbone, seed: int):
+        self.queries, self.seed = queries, seed
+        questions_of: dict[Any, list[int]] = {}
+        for number in range(len(queries)):
+            questions_of.setdefault(queries.image_key(number), []).append(number)
+        self.groups = list(questions_of.values())
+        answers = [reference(queries.text(number)[2]) for number in range(len(queries))]
+        frequency = Counter(answers)
+        weights = np.array([frequency[answer] ** -0.5 for answer in answers])
+        self.chances = [weights[group] / weights[group].sum() for group in self.groups]
+        images = [queries[group[0]].image for group in tqdm(self.groups, desc="images", unit="image")]
+        self.pixels = backbone.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def draw(self, step: int, images: int, questions: int) -> tuple[Tensor, list[int]]:
+        """Pixels (images, C, H, W) and images * questions query numbers, image by image."""
+        rng = np.random.default_rng((self.seed, step))
+        picked = rng.choice(len(self.groups), size=images, replace=False)
+        pixels = self.pixels[torch.from_numpy(picked)]
+        for axis in (2, 3):
+            flip = torch.from_numpy(rng.random(images) < 0.5)
+            pixels[flip] = pixels[flip].flip(axis)
+        chosen = [rng.choice(self.groups[group], size=questions, p=self.chances[group]) for group in picked]
+        return pixels, np.concatenate(chosen).tolist()
+
+
+def losses(
+    backbone: LlavaBackbone, queries: DatasetQueries, pixels: Tensor, numbers: list[int], plans: Masks | None
+) -> dict[str, Tensor]:
+    """Next-token loss of the full plan, and with ``plans`` also the pruned rows' loss and divergence from the full."""
+    texts = [queries.text(number) for number in numbers]
+    end = backbone.processor.tokenizer.eos_token_id
+    answers = [backbone.answer_ids(reference(accepted)) for _, _, accepted in texts]
+    visual = backbone.project_pixels(pixels).repeat_interleave(len(numbers) // len(pixels), dim=0)
+    encoding = backbone.assemble(visual, [question for _, question, _ in texts], continuations=answers)
+    masks = backbone.layout.full(len(numbers))
+    if plans is not None:
+        encoding = encoding.rows(torch.arange(2 * len(numbers)) % len(numbers))
+        masks, answers = Masks.cat([masks, plans]), answers * 2
+    x_PD, ragged, positions_P = backbone.pack(encoding, masks)
+    hidden_PD, _ = backbone.decoder.prefill(x_PD, ragged, positions_P, masks)
+    places = torch.cat([last - torch.arange(len(ids), -1, -1) for last, ids in zip(ragged.last, answers, strict=True)])
+    targets = torch.tensor([token for ids in answers for token in [*ids, end]])
+    logits = backbone.model.lm_head(hidden_PD[places])
+    if plans is None:
+        return {"full": F.cross_entropy(logits, targets)}
+    full, pruned = logits.chunk(2)
+    teacher = full.detach().log_softmax(-1)
+    return {
+        "full": F.cross_entropy(full, targets.chunk(2)[0]),
+        "pruned": F.cross_entropy(pruned, targets.chunk(2)[1]),
+        "divergence": F.kl_div(pruned.log_softmax(-1), teacher, reduction="batchmean", log_target=True),
+    }
+
+
+def learning_rate(config: BackboneConfig, step: int) -> float:
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def main() -> None:
+    config = cli.parse(BackboneConfig)
+    folder = RunFolder.create(config.out, config, config.resume)
+    torch.manual_seed(config.seed)
+    train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
+    texts = [text for number in range(len(train)) for text in (train.text(number)[1], *train.text(number)[2])]
+    model, processor = build_tiny(texts)
+    backbone = LlavaBackbone(model, processor, "tiny")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    checkpoint = folder.checkpoints / "last.pt"
+    start = 0
+    if config.resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    batches = Batches(train, backbone, config.seed)
+    began = time.time()
+    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="train", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        elastic = step >= config.plain_share * config.steps
+        pixels, numbers = batches.draw(step, config.images // (1 + elastic), config.questions)
+        plans = None
+        if elastic:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            low, high = config.budgets
+            budgets = low + (high - low) * torch.rand(len(numbers), generator=generator, dtype=torch.float64)
+            text_tokens = torch.tensor([sum(map(len, backbone._prompt_ids(train.text(n)[1]))) for n in numbers])
+            plans = random_plans(backbone, text_tokens, budgets, generator)
+        model.train()
+        parts = losses(backbone, train, pixels, numbers, plans)
+        total = torch.stack(list(parts.values())).sum()
+        if not torch.isfinite(total):
+            raise RuntimeError(f"loss is {float(total)} at step {step}; the last checkpoint is {checkpoint}")
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+            model.eval()
+            measured = {name: round(part.item(), 4) for name, part in parts.items()}
+            folder.log(
+                step=step + 1, seconds=round(time.time() - began, 1), **measured, **validate(backbone, validation)
+            )
+            tqdm.write(str(folder.metrics()[-1]))
+            folder.checkpoints.mkdir(exist_ok=True)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+    model.save_pretrained(folder.path / "model")
+    processor.save_pretrained(folder.path / "model")
+
+
+def validate(backbone: LlavaBackbone, queries: DatasetQueries, limit: int = 1000) -> dict[str, float]:
+    """Validation accuracy of the full plan and of random plans at half and a quarter of the FLOPs."""
+    bank = EncodingBank(backbone, queries.head(limit))
+    full = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), progress=False)
+    pruned = evaluate(RandomPlanner(backbone), backbone, bank, (0.5, 0.25), progress=False)
+    return {
+        "accuracy_full": full[0]["accuracy"],
+        **{f"accuracy_random_{record['budget']}": record["accuracy"] for record in pruned},
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
