@@ -43,9 +43,9 @@ class BackboneConfig:
     """Optimiser steps."""
     plain_share: float = 0.5
     """Share of the steps before random plans join."""
-    images: int = 48
+    images: int = 96
     """Images a step; half as many once random plans join, since every query then runs twice."""
-    questions: int = 4
+    questions: int = 2
     """Questions an image a step."""
     learning_rate: float = 2e-3
     """Peak learning rate: linear warm-up, then cosine to zero."""

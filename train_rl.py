@@ -30,6 +30,7 @@ from policies.checkpoints import (
     save_checkpoint,
 )
 from policies.controller import ControllerConfig, TwoLevelController
+from policies.group_buffer import GroupRolloutBuffer
 from policies.learned import ControllerPlanner, save_controller
 from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
 
@@ -60,8 +61,9 @@ class RLConfig:
     """Plans answered in one batched call of the backbone."""
     rollout_steps: int = 4
     """Batched calls between two updates."""
-    plans_per_query: int = 1
-    """Plans tried for the same query and budget within a batch."""
+    plans_per_query: int = 4
+    """Plans tried for the same query and budget; with several, each is judged against the others (leave-one-out), with
+    one, against the critic."""
     epochs: int = 4
     """Passes over a rollout in each update."""
     batch_size: int = 256
@@ -133,6 +135,8 @@ def build(config: RLConfig) -> tuple[PPO, MaskingVecEnv]:
         n_epochs=config.epochs,
         clip_range=config.clip_range,
         ent_coef=config.entropy,
+        rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"plans_per_query": config.plans_per_query},
         policy_kwargs={"bank": core.bank, "controller": {"width": config.width}},
         seed=config.seed,
         device=backbone.device,
@@ -189,7 +193,6 @@ class RunCallback(BaseCallback):
     def _on_training_end(self) -> None:
         self._log_rollout()
         self._validate()
-        self.bar.close()
 
     def _log_rollout(self) -> None:
         if not self._rollout:
@@ -266,7 +269,10 @@ def train(config: RLConfig, folder: RunFolder, tracker: Tracker) -> tuple[TwoLev
         callback.restore(model)
     remaining = config.total_queries - model.num_timesteps
     if remaining > 0:
-        model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
+        try:
+            model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
+        finally:
+            callback.bar.close()
         callback.save()
     assert isinstance(model.policy, TwoLevelPolicy)
     save_controller(model.policy.controller, folder.path)

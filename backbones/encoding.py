@@ -157,10 +157,11 @@ class EncodingBank:
         if not missing:
             assert self._store is not None
             return self._store[self._touch(keys)]
-        rows = [fresh[key] if key in fresh else self._stored(key) for key in keys]
+        # Stacked, that is copied, before the store changes under the stored rows.
+        visual_BND = torch.stack([fresh[key] if key in fresh else self._stored(key) for key in keys])
         for key, row in fresh.items():
             self._keep(key, row)
-        return torch.stack(rows)
+        return visual_BND
 
     def _stored(self, key: Hashable) -> Tensor:
         assert self._store is not None

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -119,9 +120,21 @@ def build_tiny(
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config).eval()
+    _scale_residual_stream(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, _processor(tokenizer, image_size, patch_size)
+
+
+@torch.no_grad()
+def _scale_residual_stream(model: LlavaForConditionalGeneration) -> None:
+    """Make the words as loud as the visual tokens and every layer's first contribution small, so that what the stream
+    carries at the start is the input and not six random layers."""
+    decoder: Any = model.model.language_model
+    decoder.embed_tokens.weight.normal_(std=0.5)
+    for layer in decoder.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.mul_((2 * len(decoder.layers)) ** -0.5)
 
 
 def _processor(tokenizer: Any, image_size: int, patch_size: int) -> LlavaProcessor:
@@ -131,8 +144,9 @@ def _processor(tokenizer: Any, image_size: int, patch_size: int) -> LlavaProcess
         size=side,
         do_center_crop=False,
         crop_size=side,
+        # White and black must point opposite ways: the tower's first LayerNorm sees directions, not magnitudes.
         image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        image_std=[0.25, 0.25, 0.25],
         do_convert_rgb=True,
     )
     return LlavaProcessor(

@@ -12,6 +12,7 @@ import tyro
 import yaml
 
 from backbones.errors import InputError as InputError
+from eval.runs import RunFolder
 
 ConfigT = TypeVar("ConfigT")
 
@@ -28,6 +29,8 @@ def run(main: Callable[[], None]) -> None:
 def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:
     """Options of the dataclass ``config`` from the command line, over those of ``--config FILE.yaml``.
 
+    With ``--resume`` they go over the options that the run in ``--out`` was begun with.
+
     Raises:
         InputError: a YAML file that is missing, unreadable, or has unknown options.
     """
@@ -39,7 +42,11 @@ def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> Conf
             raise InputError("--config needs the path of a YAML file")
         defaults = _read_yaml(Path(arguments[place + 1]), config)
         del arguments[place : place + 2]
-    return tyro.cli(config, args=arguments, default=config(**defaults))
+    options: Any = tyro.cli(config, args=arguments, default=config(**defaults))
+    if getattr(options, "resume", False) and RunFolder(options.out).is_run():
+        begun = _fields(RunFolder(options.out).config(), config, str(options.out))
+        options = tyro.cli(config, args=arguments, default=config(**{**begun, **defaults}))
+    return options
 
 
 def _read_yaml(path: Path, config: Any) -> dict[str, Any]:
@@ -51,10 +58,12 @@ def _read_yaml(path: Path, config: Any) -> dict[str, Any]:
         raise InputError(f"config {str(path)!r} is not readable YAML") from error
     if not isinstance(fields, dict):
         raise InputError(f"config {str(path)!r} must hold a mapping of options")
+    return _fields(fields, config, str(path))
+
+
+def _fields(fields: dict[str, Any], config: Any, where: str) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise InputError(
-            f"config {str(path)!r} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
-        )
+        raise InputError(f"config {where!r} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

@@ -19,6 +19,9 @@ from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
+NOT_OF_RUN = ("out", "resume", "wandb")
+"""Options that say where and how to run, not what the run is; they may differ when it is resumed."""
+
 
 class RunFolder:
     """The folder of one run: ``config.yaml, command.txt, environment.json, metrics.jsonl, result.json``.
@@ -39,7 +42,7 @@ class RunFolder:
                 or by a run of another config.
         """
         folder = cls(path)
-        fields = _plain(dataclasses.asdict(config))
+        fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
         if folder.path.exists() and not folder.path.is_dir():
             raise InputError(f"output {str(path)!r} is a file; choose another --out")
         if folder.path.exists() and any(folder.path.iterdir()):

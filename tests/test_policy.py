@@ -1,0 +1,249 @@
+"""The two-level policy and its mathematics."""
+
+import itertools
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from backbones import EncodingBank, InputError, LlavaBackbone, MaskLayout
+from backbones.tiny import build_tiny
+from envs import MaskingCore, MaskingVecEnv
+from policies.controller import ControllerConfig, TwoLevelController
+from policies.decisions import Decider
+from policies.group_buffer import GroupRolloutBuffer
+from policies.learned import ControllerPlanner, load_controller, save_controller
+from policies.projection import budget_flops
+from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
+from tests.conftest import WORDS, make_dataset
+
+
+def make_ppo(backbone, source, envs=8, **more):
+    core = MaskingCore(backbone, source, budgets=(0.6, 1.0))
+    venv = FittedVecEnv(MaskingVecEnv(core, envs))
+    model = PPO(
+        TwoLevelPolicy,
+        venv,
+        n_steps=4,
+        batch_size=8,
+        n_epochs=2,
+        seed=0,
+        policy_kwargs={"bank": core.bank, "controller": {"width": 16}},
+        **more,
+    )
+    venv.policy = model.policy
+    return model
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    """A backbone of 4 tokens, 2 layers, 2 heads, nothing protected: 10 bits, 1,024 actions."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden": 16, "layers": 2, "heads": 2, "intermediate": 16}
+    model, processor = build_tiny(WORDS, **sizes, vision_hidden=16, vision_layers=1)
+    return LlavaBackbone(model.requires_grad_(False), processor, "smallest", protected_layers=())
+
+
+def decider_of(backbone, seed=0):
+    torch.manual_seed(seed)
+    config = ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=8, initial_logit=0.0)
+    controller = TwoLevelController(config)
+    for parameter in controller.parameters():  # far from uniform, so that conditioning matters
+        parameter.data.add_(0.15 * torch.randn_like(parameter))
+    return Decider(controller, backbone)
+
+
+def every_action(layout):
+    return torch.tensor(list(itertools.product((False, True), repeat=layout.size)))
+
+
+def log_probs(decider, encoding, budget, bits):
+    repeated = encoding.rows(torch.zeros(len(bits), dtype=torch.long))
+    budgets = torch.full((len(bits),), budget)
+    with torch.no_grad():
+        return decider.review(repeated, decider.read(repeated, budgets), budgets, bits).log_prob()
+
+
+def test_joint_probabilities_sum_to_one_over_all_actions(smallest):
+    decider = decider_of(smallest)
+    encoding = EncodingBank(smallest, source_of(8)).gather([0])
+    total = log_probs(decider, encoding, 0.6, every_action(smallest.layout)).exp().sum()
+    assert float(total) == pytest.approx(1, abs=1e-5)
+
+
+def source_of(size):
+    from envs.queries import DatasetQueries
+
+    return DatasetQueries(make_dataset(4, size=size), "made", "train")
+
+
+def test_sampled_frequencies_match_the_joint_probabilities(smallest):
+    decider = decider_of(smallest)
+    draws = 40_000
+    encoding = EncodingBank(smallest, source_of(8)).gather([0]).rows(torch.zeros(draws, dtype=torch.long))
+    budgets = torch.full((draws,), 0.6)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
+    powers = 2 ** torch.arange(smallest.layout.size - 1, -1, -1)
+    counts = torch.bincount((decisions.bits_BA * powers).sum(1), minlength=1024) / draws
+    exact = log_probs(decider, encoding.rows(torch.tensor([0])), 0.6, every_action(smallest.layout)).exp()
+    # total variation of 40,000 draws from 1,024 outcomes is about sum sqrt(p / n) / 2.5
+    expected = float((exact.sqrt() / math.sqrt(draws)).sum() / 2.5)
+    assert float((counts - exact).abs().sum() / 2) < 1.3 * expected
+    shuffled = exact[torch.randperm(1024, generator=torch.Generator().manual_seed(0))]
+    assert float((counts - shuffled).abs().sum() / 2) > 3 * expected, "a wrong distribution would pass too"
+
+
+def test_second_level_is_conditioned_on_the_first(smallest):
+    decider = decider_of(smallest)
+    encoding = EncodingBank(smallest, source_of(8)).gather([0, 0])
+    budgets = torch.full((2,), 0.6)
+    bits = torch.ones(2, smallest.layout.size, dtype=torch.bool)
+    bits[1, :3] = False
+    with torch.no_grad():
+        logits = decider.review(encoding, decider.read(encoding, budgets), budgets, bits).logits_BA
+    assert torch.equal(logits[0, smallest.layout.level1], logits[1, smallest.layout.level1])
+    assert (logits[0, smallest.layout.level2] - logits[1, smallest.layout.level2]).abs().min() > 1e-4
+
+
+def test_entropy_of_a_level_against_enumeration(smallest):
+    decider = decider_of(smallest)
+    encoding = EncodingBank(smallest, source_of(8)).gather([0])
+    budgets = torch.tensor([0.6])
+    with torch.no_grad():
+        reading = decider.read(encoding, budgets)
+        decisions = decider.decide(encoding, reading, budgets, sample=False)
+    p = decisions.logits_BA.sigmoid()
+    by_hand = -(p * p.log() + (1 - p) * (1 - p).log()).sum(1)
+    assert torch.allclose(decisions.entropy(), by_hand, atol=1e-5)
+
+
+def test_protected_units_are_no_decisions(small, source):
+    decider = decider_of(small)
+    encoding = EncodingBank(small, source).gather([0, 1])
+    budgets = torch.tensor([0.6, 0.9])
+    with torch.no_grad():
+        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
+    protected = small.layout.protected()
+    assert decisions.bits_BA[:, protected].all()
+    changed = type(decisions)(decisions.logits_BA + 3.0 * protected, decisions.bits_BA, decisions.free_A)
+    assert torch.equal(changed.log_prob(), decisions.log_prob())
+    assert torch.equal(changed.entropy(), decisions.entropy())
+
+
+def test_forward_and_evaluate_actions_agree(small, source):
+    model = make_ppo(small, source)
+    obs, _ = model.policy.obs_to_tensor(model.env.reset())
+    with torch.no_grad():
+        actions, values, log_prob = model.policy(obs)
+        values_again, log_prob_again, entropy = model.policy.evaluate_actions(obs, actions.float())
+    assert actions.shape == (8, small.layout.size) and actions.dtype == torch.int8
+    assert torch.allclose(values, values_again) and torch.allclose(log_prob, log_prob_again, atol=1e-5)
+    assert torch.allclose(values, model.policy.predict_values(obs))
+    assert ((entropy > 0) & (entropy < math.log(2) + 1e-6)).all()
+
+
+class Watch(BaseCallback):
+    """Looks at the buffer after a rollout, and before the update at the first ratio."""
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        buffer = self.model.rollout_buffer
+        self.advantages, self.rewards, self.values = buffer.advantages, buffer.rewards, buffer.values.copy()
+        self.actions, self.fitted = buffer.actions.copy(), self.model.policy.fitted()
+        observations = {name: torch.as_tensor(value[0]) for name, value in buffer.observations.items()}
+        with torch.no_grad():
+            _, log_prob, _ = self.model.policy.evaluate_actions(observations, torch.as_tensor(buffer.actions[0]))
+        self.ratio = (log_prob - torch.as_tensor(buffer.log_probs[0])).exp()
+
+
+def test_first_ratio_is_one_and_advantage_is_reward_minus_value(small, source):
+    model = make_ppo(small, source)
+    watch = Watch()
+    model.learn(32, watch)
+    assert torch.allclose(watch.ratio, torch.ones(8), atol=1e-5)
+    assert np.allclose(watch.advantages, watch.rewards - watch.values, atol=1e-6)
+    assert watch.actions.dtype == np.int8
+    assert (watch.actions[-1] != watch.fitted).any(), "the buffer must hold what was sampled, not what was executed"
+
+
+def test_executed_plans_fit_while_sampled_ones_may_not(small, source):
+    model = make_ppo(small, source, envs=64)
+    obs, _ = model.policy.obs_to_tensor(model.env.reset())
+    with torch.no_grad():
+        actions, _, _ = model.policy(obs)
+        predicted, _ = model.policy.predict({name: value.numpy() for name, value in obs.items()}, deterministic=True)
+    encoding = model.policy.bank.gather(obs["query"][:, 0].long())
+    limits = budget_flops(obs["budget"][:, 0], small.full_llm_flops(encoding.text_tokens))
+    charge = model.policy.decider.controller_flops(encoding)
+
+    def spent(bits):
+        return small.cost(small.layout.unflatten(torch.as_tensor(bits).bool()), encoding.text_tokens, charge).llm
+
+    assert (spent(actions) > limits).any()
+    assert (spent(model.policy.fitted()) <= limits).all()
+    assert (spent(predicted) <= limits).all()
+
+
+def test_an_update_moves_every_controller_parameter_and_nothing_of_the_backbone(small, source):
+    model = make_ppo(small, source, learning_rate=0.01)
+    backbone_before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.policy.named_parameters()}
+    assert not any("language_model" in name for name in before)
+    model.learn(64)
+    unchanged = [name for name, value in model.policy.named_parameters() if torch.equal(value, before[name])]
+    assert unchanged == []
+    assert all(torch.equal(value, backbone_before[name]) for name, value in small.model.state_dict().items())
+
+
+def test_rollout_memory_per_transition(small, source):
+    """Query number, budget, int8 bits and six floats: no features."""
+    buffer = make_ppo(small, source).rollout_buffer
+    arrays = [buffer.actions, *buffer.observations.values(), buffer.rewards, buffer.returns, buffer.values]
+    arrays += [buffer.log_probs, buffer.advantages, buffer.episode_starts]
+    per_transition = sum(array.nbytes for array in arrays) / (buffer.buffer_size * buffer.n_envs)
+    assert per_transition == small.layout.size + 8 + 4 + 6 * 4
+
+
+def test_saved_controllers_load_equal_and_only_for_their_layout(small, source, tmp_path):
+    torch.manual_seed(0)
+    controller = TwoLevelController(ControllerConfig.for_layout(small.layout, small.hidden))
+    save_controller(controller, tmp_path)
+    loaded = load_controller(tmp_path, small)
+    encoding = EncodingBank(small, source).gather(range(8))
+    budgets = torch.full((8,), 0.7, dtype=torch.float64)
+    plans = [ControllerPlanner(each, small, "x").plan(encoding, budgets) for each in (controller, loaded)]
+    assert torch.equal(small.layout.flatten(plans[0]), small.layout.flatten(plans[1]))
+    other = LlavaBackbone(small.model, small.processor, "other", heads=2)
+    with pytest.raises(InputError, match="backbone 'other' has"):
+        load_controller(tmp_path, other)
+    (tmp_path / "controller.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match="no readable controller"):
+        load_controller(tmp_path, small)
+    with pytest.raises(InputError, match="no readable controller"):
+        load_controller(tmp_path / "nowhere", small)
+
+
+def test_layouts_with_other_sizes_build(smallest):
+    layout = MaskLayout(576, 32, 32)
+    controller = TwoLevelController(ControllerConfig.for_layout(layout, 64))
+    reading = controller.read(torch.randn(2, 576, 64), torch.randn(2, 90, 64), torch.ones(2, 90).bool(), torch.ones(2))
+    kept = controller.token_logits(reading) > 0
+    assert controller.llm_logits(reading, kept, torch.ones(2)).shape == (2, 32 * 32 + 32)
+
+
+def test_group_advantage_is_reward_minus_the_mean_of_the_others():
+    spaces_ = gymnasium.spaces.Dict({"budget": gymnasium.spaces.Box(0, 1, (1,))}), gymnasium.spaces.MultiDiscrete([2])
+    buffer = GroupRolloutBuffer(1, *spaces_, device="cpu", n_envs=6, plans_per_query=3)
+    buffer.rewards[:] = [[1.0, 0.0, 0.5, 0.2, 0.2, 0.8]]
+    buffer.values[:] = 7.0
+    buffer.compute_returns_and_advantage(torch.zeros(6), np.ones(6, bool))
+    assert buffer.advantages[0].tolist() == pytest.approx([0.75, -0.75, 0.0, -0.3, -0.3, 0.6])
+    assert buffer.returns[0].tolist() == pytest.approx(buffer.rewards[0].tolist())

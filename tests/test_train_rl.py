@@ -1,0 +1,176 @@
+"""The command: from options to a run folder, resumed exactly, and clear about bad input."""
+
+import json
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+import eval.__main__ as eval_main
+import train_rl
+from eval import cli
+from tests.conftest import build, make_dataset
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A backbone and a data set on disk, as a user brings them."""
+    folder = tmp_path_factory.mktemp("place")
+    backbone = build()
+    backbone.model.save_pretrained(folder / "vlm")
+    backbone.processor.save_pretrained(folder / "vlm")
+    make_dataset(12).save_to_disk(folder / "data")
+    return folder
+
+
+def command(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    cli.run(main)
+
+
+OPTIONS = (
+    "--budgets 0.6 1.0 --test-budgets 0.6 1.0 --envs 8 --rollout-steps 2 --batch-size 8 --total-queries 96 "
+    "--checkpoint-every 32 --validate-every 32"
+)
+
+
+def train(monkeypatch, place, out, *more):
+    where = ["--backbone", place / "vlm", "--data", place / "data", "--out", out]
+    command(monkeypatch, train_rl.main, *where, *OPTIONS.split(), *more)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, capsys):
+    train(monkeypatch, place, tmp_path / "run")
+    files = (
+        "config.yaml command.txt environment.json metrics.jsonl result.json controller.safetensors controller.json "
+        "checkpoints tradeoff.png training.png"
+    )
+    assert set(files.split()) == {path.name for path in (tmp_path / "run").iterdir()}
+    records = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [(record["policy"], record["budget"]) for record in records] == [
+        ("full", 1.0),
+        ("random", 0.6),
+        ("random", 1.0),
+        ("rl", 0.6),
+        ("rl", 1.0),
+    ]
+    assert all(record["budget_violations"] == 0 for record in records)
+    printed = capsys.readouterr().out
+    assert "| rl " in printed and str(tmp_path / "run") in printed
+    assert [line["queries"] for line in lines(tmp_path / "run") if "validation" in line] == [32, 64, 96]
+    assert sum("reward" in line for line in lines(tmp_path / "run")) == 6
+    json_file = tmp_path / "again.json"
+    options = ["--budgets", "0.6", "--json", json_file, "--plot", tmp_path / "again.png"]
+    command(monkeypatch, eval_main.main, "run", tmp_path / "run", "random", "--data", place / "data", *options)
+    again = json.loads(json_file.read_text())
+    assert again[0] == {**records[3], "policy": "run"}
+    assert (tmp_path / "again.png").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [8, 40, 56, 96])
+def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at):
+    train(monkeypatch, place, tmp_path / "whole")
+    step = train_rl.RunCallback._on_step
+
+    def dying(self):
+        if self.num_timesteps == at:
+            raise Killed
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rl.RunCallback, "_on_step", dying)
+        with pytest.raises(Killed):
+            train(monkeypatch, place, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "result.json").exists()
+    command(monkeypatch, train_rl.main, "--out", tmp_path / "killed", "--resume")
+    whole, resumed = (load_file(tmp_path / name / "controller.safetensors") for name in ("whole", "killed"))
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):
+    """Null of the test above."""
+    for seed in ("0", "1"):
+        train(monkeypatch, place, tmp_path / seed, "--seed", seed)
+    first, second = (load_file(tmp_path / seed / "controller.safetensors") for seed in ("0", "1"))
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+def failing_later(terms):
+    failing_later.calls += 1
+    if failing_later.calls > 5:
+        raise ZeroDivisionError("mid-run")
+    return terms.accuracy
+
+
+def test_a_reward_that_fails_mid_run_ends_it_and_keeps_the_checkpoint(monkeypatch, place, tmp_path, capsys):
+    failing_later.calls = 0
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, place, tmp_path / "run", "--reward", "tests.test_train_rl:failing_later")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: reward 'tests.test_train_rl:failing_later' raised ZeroDivisionError: mid-run (quer")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000000", "step-000000032"]
+
+
+BAD = [
+    (["--backbone", "huge"], "unknown backbone 'huge'"),
+    (["--backbone", "/nowhere/at/all"], "'/nowhere/at/all' could not be read"),
+    (["--data", "vqa9"], "unknown data 'vqa9'"),
+    (["--reward", "fun"], "unknown reward 'fun'"),
+    (["--budgets", "0", "1"], "budgets are (0.0, 1.0)"),
+    (["--budgets", "0.5", "1.5"], "budgets are (0.5, 1.5)"),
+    (["--test-budgets", "0.5", "2"], "budget 2 is outside (0, 1]"),
+    (["--total-queries", "0"], "--total-queries is 0"),
+    (["--learning-rate", "-1"], "--learning-rate -1"),
+    (["--plans-per-query", "3"], "8 environments do not divide into groups of 3"),
+    (["--config", "no.yaml"], "config 'no.yaml' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD)
+def test_bad_options_end_with_status_2_and_one_line(monkeypatch, place, tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, place, tmp_path / "run", *arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and words in errors[0]
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nobody"], "unknown policy 'nobody'; use a run folder or one of full, random"),
+        (["run"], "no policy given"),
+        (["run", "full", "--budgets", "0"], "budget 0 is outside"),
+        (["run", "full", "--data", "vqa9"], "unknown data"),
+        (["run", "full", "--split", "dev"], "split is 'dev'"),
+        (["run", "full", "--limit", "0"], "limit is 0"),
+    ],
+)
+def test_bad_evaluations_end_with_status_2_and_one_line(monkeypatch, place, capsys, arguments, words):
+    where = [] if arguments == ["run"] else ["--backbone", place / "vlm"]
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, eval_main.main, *arguments, *where)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_left_alone(monkeypatch, place, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, place, tmp_path / "mine")
+    assert caught.value.code == 2 and "exists and is not a run folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
