@@ -1,6 +1,8 @@
-"""Train the embedded VLM, first plainly, then under random plans so that it degrades gradually.
+"""Train the embedded VLM: its vision tower, then all of it plainly, then under random plans so that it degrades
+gradually.
 
-The first part learns the task with the full plan. In the second part every query runs twice in one batch, once in
+The tower comes first, as LLaVA's does: it learns which answers belong to an image. Then the whole model learns the
+task with the full plan. In the last part every query runs twice in one batch, once in
 full and once under a random plan that is really executed; the pruned row learns the answer and the full row's
 distribution.
 """
@@ -39,9 +41,13 @@ class BackboneConfig:
     """Training data: a name, or a path with the columns image, question, answers."""
     out: Path = Path("runs/tiny")
     """Run folder; the trained model is saved in its `model/`."""
-    steps: int = 2000
-    """Optimiser steps."""
-    plain_share: float = 0.5
+    vision_steps: int = 600
+    """Optimiser steps of the vision tower alone, before the rest."""
+    vision_images: int = 128
+    """Images in each of them."""
+    steps: int = 1600
+    """Optimiser steps of the whole model."""
+    plain_share: float = 0.4
     """Share of the steps before random plans join."""
     images: int = 96
     """Images a step; half as many once random plans join, since every query then runs twice."""
@@ -86,16 +92,52 @@ class Batches:
         images = [queries[group[0]].image for group in tqdm(self.groups, desc="images", unit="image")]
         self.pixels = backbone.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    def draw(self, step: int, images: int, questions: int) -> tuple[Tensor, list[int]]:
-        """Pixels (images, C, H, W) and images * questions query numbers, image by image."""
-        rng = np.random.default_rng((self.seed, step))
+    def labels(self) -> Tensor:
+        """(images, answers) float: which answers, yes and no aside, belong to an image's questions."""
+        words = [{reference(self.queries.text(number)[2]) for number in group} - {"yes", "no"} for group in self.groups]
+        column = {word: place for place, word in enumerate(sorted(set().union(*words)))}
+        labels = torch.zeros(len(words), len(column))
+        for row, own in enumerate(words):
+            labels[row, [column[word] for word in own]] = 1.0
+        return labels
+
+    def draw_images(self, rng: np.random.Generator, images: int) -> tuple[np.ndarray, Tensor]:
+        """Image numbers (images,) and their pixels (images, C, H, W), flipped at random."""
         picked = rng.choice(len(self.groups), size=images, replace=False)
         pixels = self.pixels[torch.from_numpy(picked)]
         for axis in (2, 3):
             flip = torch.from_numpy(rng.random(images) < 0.5)
             pixels[flip] = pixels[flip].flip(axis)
+        return picked, pixels
+
+    def draw(self, step: int, images: int, questions: int) -> tuple[Tensor, list[int]]:
+        """Pixels (images, C, H, W) and images * questions query numbers, image by image."""
+        rng = np.random.default_rng((self.seed, step))
+        picked, pixels = self.draw_images(rng, images)
         chosen = [rng.choice(self.groups[group], size=questions, p=self.chances[group]) for group in picked]
         return pixels, np.concatenate(chosen).tolist()
+
+
+def train_vision(config: BackboneConfig, backbone: LlavaBackbone, batches: Batches) -> float:
+    """Train tower and projector to tell which answers belong to an image, from the mean visual token; returns the last
+    steps' mean loss. The head is thrown away."""
+    labels = batches.labels()
+    head = torch.nn.Linear(backbone.hidden, labels.shape[1])
+    towers = backbone.model.model.vision_tower, backbone.model.model.multi_modal_projector
+    parameters = [*head.parameters(), *(parameter for tower in towers for parameter in tower.parameters())]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=config.vision_steps)
+    recent: list[float] = []
+    for step in tqdm(range(config.vision_steps), desc="vision", unit="step"):
+        picked, pixels = batches.draw_images(np.random.default_rng((config.seed, step, 1)), config.vision_images)
+        logits = head(backbone.project_pixels(pixels).mean(1))
+        loss = F.binary_cross_entropy_with_logits(logits, labels[torch.from_numpy(picked)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        recent = [*recent[-49:], loss.item()]
+    return sum(recent) / max(1, len(recent))
 
 
 def losses(
@@ -150,6 +192,8 @@ def main() -> None:
         start = state["step"]
     batches = Batches(train, backbone, config.seed)
     began = time.time()
+    if start == 0:
+        folder.log(vision_loss=round(train_vision(config, backbone, batches), 5), seconds=round(time.time() - began, 1))
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="train", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)

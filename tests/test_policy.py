@@ -22,20 +22,20 @@ from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
 from tests.conftest import WORDS, make_dataset
 
 
-def make_ppo(backbone, source, envs=8, **more):
-    core = MaskingCore(backbone, source, budgets=(0.6, 1.0))
-    venv = FittedVecEnv(MaskingVecEnv(core, envs))
+def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, plans_per_query=1, **more):
+    core = MaskingCore(backbone, source, budgets=(0.6, 1.0), reward=reward)
+    env = MaskingVecEnv(core, envs, plans_per_query)
+    venv = FittedVecEnv(env) if fitted else env
     model = PPO(
         TwoLevelPolicy,
         venv,
-        n_steps=4,
-        batch_size=8,
-        n_epochs=2,
-        seed=0,
         policy_kwargs={"bank": core.bank, "controller": {"width": 16}},
-        **more,
+        rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"plans_per_query": plans_per_query},
+        **{"n_steps": 4, "batch_size": 8, "n_epochs": 2, "seed": 0, **more},
     )
-    venv.policy = model.policy
+    if fitted:
+        venv.policy = model.policy
     return model
 
 
