@@ -13,6 +13,8 @@ import dataclasses
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones import EncodingBank, LlavaBackbone
+from backbones import Backbone, EncodingBank
+from backbones.encoding import EncodedImage, Encoding
+from backbones.families.llava import LlavaFamily
 from backbones.masks import Masks
 from backbones.tiny import build_tiny
 from envs.queries import DatasetQueries, load_queries
@@ -67,6 +71,9 @@ class BackboneConfig:
     """Continue the run in `out` from its last checkpoint."""
 
 
+RandomPlan = Callable[[Encoding], Masks]
+
+
 class Batches:
     """Training batches: images with several of their questions each, images flipped at random.
 
@@ -79,7 +86,7 @@ class Batches:
         seed: of the draws; with a step number it fixes a batch, so training resumes exactly.
     """
 
-    def __init__(self, queries: DatasetQueries, backbone: LlavaBackbone, seed: int):
+    def __init__(self, queries: DatasetQueries, backbone: Backbone, seed: int):
         self.queries, self.seed = queries, seed
         questions_of: dict[Any, list[int]] = {}
         for number in range(len(queries)):
@@ -91,6 +98,8 @@ class Batches:
         self.chances = [weights[group] / weights[group].sum() for group in self.groups]
         images = [queries[group[0]].image for group in tqdm(self.groups, desc="images", unit="image")]
         self.pixels = backbone.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        self.backbone = backbone
+        self.template = backbone.encode_images(images[:1])[0]
 
     def labels(self) -> Tensor:
         """(images, answers) float: which answers, yes and no aside, belong to an image's questions."""
@@ -110,6 +119,11 @@ class Batches:
             pixels[flip] = pixels[flip].flip(axis)
         return picked, pixels
 
+    def encode(self, pixels: Tensor) -> list[EncodedImage]:
+        """Encoded images, differentiable."""
+        features = self.backbone.family.features({"pixel_values": pixels})
+        return [dataclasses.replace(self.template, visual_nD=visual_nD) for visual_nD in features]
+
     def draw(self, step: int, images: int, questions: int) -> tuple[Tensor, list[int]]:
         """Pixels (images, C, H, W) and images * questions query numbers, image by image."""
         rng = np.random.default_rng((self.seed, step))
@@ -118,7 +132,7 @@ class Batches:
         return pixels, np.concatenate(chosen).tolist()
 
 
-def train_vision(config: BackboneConfig, backbone: LlavaBackbone, batches: Batches) -> float:
+def train_vision(config: BackboneConfig, backbone: Backbone, batches: Batches) -> float:
     """Train tower and projector to tell which answers belong to an image, from the mean visual token; returns the last
     steps' mean loss. The head is thrown away."""
     labels = batches.labels()
@@ -130,7 +144,7 @@ def train_vision(config: BackboneConfig, backbone: LlavaBackbone, batches: Batch
     recent: list[float] = []
     for step in tqdm(range(config.vision_steps), desc="vision", unit="step"):
         picked, pixels = batches.draw_images(np.random.default_rng((config.seed, step, 1)), config.vision_images)
-        logits = head(backbone.project_pixels(pixels).mean(1))
+        logits = head(torch.stack([image.visual_nD.mean(0) for image in batches.encode(pixels)]))
         loss = F.binary_cross_entropy_with_logits(logits, labels[torch.from_numpy(picked)])
         optimizer.zero_grad()
         loss.backward()
@@ -141,24 +155,26 @@ def train_vision(config: BackboneConfig, backbone: LlavaBackbone, batches: Batch
 
 
 def losses(
-    backbone: LlavaBackbone, queries: DatasetQueries, pixels: Tensor, numbers: list[int], plans: Masks | None
+    backbone: Backbone, batches: Batches, pixels: Tensor, numbers: list[int], plan: RandomPlan | None
 ) -> dict[str, Tensor]:
-    """Next-token loss of the full plan, and with ``plans`` also the pruned rows' loss and divergence from the full."""
-    texts = [queries.text(number) for number in numbers]
+    """Next-token loss of the full plan, and with ``plan`` also the pruned rows' loss and divergence from the full."""
+    texts = [batches.queries.text(number) for number in numbers]
     end = backbone.processor.tokenizer.eos_token_id
     answers = [backbone.answer_ids(reference(accepted)) for _, _, accepted in texts]
-    visual = backbone.project_pixels(pixels).repeat_interleave(len(numbers) // len(pixels), dim=0)
-    encoding = backbone.assemble(visual, [question for _, question, _ in texts], continuations=answers)
-    masks = backbone.layout.full(len(numbers))
-    if plans is not None:
+    images = [image for image in batches.encode(pixels) for _ in range(len(numbers) // len(pixels))]
+    questions = [question for _, question, _ in texts]
+    encoding = backbone.assemble(images, questions, continuations=answers)
+    masks = backbone.full(encoding)
+    if plan is not None:
+        plans = plan(backbone.assemble(images, questions))
         encoding = encoding.rows(torch.arange(2 * len(numbers)) % len(numbers))
         masks, answers = Masks.cat([masks, plans]), answers * 2
-    x_PD, ragged, positions_P = backbone.pack(encoding, masks)
-    hidden_PD, _ = backbone.decoder.prefill(x_PD, ragged, positions_P, masks)
+    x_PD, ragged, rope_PR = backbone.pack(encoding, masks)
+    hidden_PD, _ = backbone.decoder.prefill(x_PD, ragged, rope_PR, masks)
     places = torch.cat([last - torch.arange(len(ids), -1, -1) for last, ids in zip(ragged.last, answers, strict=True)])
     targets = torch.tensor([token for ids in answers for token in [*ids, end]])
     logits = backbone.model.lm_head(hidden_PD[places])
-    if plans is None:
+    if plan is None:
         return {"full": F.cross_entropy(logits, targets)}
     full, pruned = logits.chunk(2)
     teacher = full.detach().log_softmax(-1)
@@ -167,6 +183,14 @@ def losses(
         "pruned": F.cross_entropy(pruned, targets.chunk(2)[1]),
         "divergence": F.kl_div(pruned.log_softmax(-1), teacher, reduction="batchmean", log_target=True),
     }
+
+
+def elastic_plans(config: BackboneConfig, backbone: Backbone, step: int, encoding: Encoding) -> Masks:
+    """A random plan a row, at a random budget."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    low, high = config.budgets
+    budgets = low + (high - low) * torch.rand(len(encoding), generator=generator, dtype=torch.float64)
+    return random_plans(backbone, encoding, budgets, generator)
 
 
 def learning_rate(config: BackboneConfig, step: int) -> float:
@@ -181,7 +205,7 @@ def main() -> None:
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     texts = [text for number in range(len(train)) for text in (train.text(number)[1], *train.text(number)[2])]
     model, processor = build_tiny(texts)
-    backbone = LlavaBackbone(model, processor, "tiny")
+    backbone = Backbone(LlavaFamily(model, processor), "tiny")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint = folder.checkpoints / "last.pt"
     start = 0
@@ -199,15 +223,9 @@ def main() -> None:
             group["lr"] = learning_rate(config, step)
         elastic = step >= config.plain_share * config.steps
         pixels, numbers = batches.draw(step, config.images // (1 + elastic), config.questions)
-        plans = None
-        if elastic:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            low, high = config.budgets
-            budgets = low + (high - low) * torch.rand(len(numbers), generator=generator, dtype=torch.float64)
-            text_tokens = torch.tensor([sum(map(len, backbone._prompt_ids(train.text(n)[1]))) for n in numbers])
-            plans = random_plans(backbone, text_tokens, budgets, generator)
+        plan = partial(elastic_plans, config, backbone, step) if elastic else None
         model.train()
-        parts = losses(backbone, train, pixels, numbers, plans)
+        parts = losses(backbone, batches, pixels, numbers, plan)
         total = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(total):
             raise RuntimeError(f"loss is {float(total)} at step {step}; the last checkpoint is {checkpoint}")
@@ -228,7 +246,7 @@ def main() -> None:
     processor.save_pretrained(folder.path / "model")
 
 
-def validate(backbone: LlavaBackbone, queries: DatasetQueries, limit: int = 1000) -> dict[str, float]:
+def validate(backbone: Backbone, queries: DatasetQueries, limit: int = 1000) -> dict[str, float]:
     """Validation accuracy of the full plan and of random plans at half and a quarter of the FLOPs."""
     bank = EncodingBank(backbone, queries.head(limit))
     full = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), progress=False)

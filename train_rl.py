@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
-from backbones import EncodingBank, LlavaBackbone, load_backbone
+from backbones import Backbone, EncodingBank, load_backbone
 from envs import MaskingCore, MaskingVecEnv, load_queries
 from envs.sb3_env import info_columns
 from eval import cli, report
@@ -222,7 +222,7 @@ class RunCallback(BaseCallback):
         assert isinstance(self.model.policy, TwoLevelPolicy)
         return self.model.policy.controller
 
-    def _backbone(self) -> LlavaBackbone:
+    def _backbone(self) -> Backbone:
         return self.venv.core.backbone
 
     def save(self) -> None:
@@ -260,7 +260,7 @@ class RunCallback(BaseCallback):
         restore_random_state(tensors, state["random"])
 
 
-def train(config: RLConfig, folder: RunFolder, tracker: Tracker) -> tuple[TwoLevelController, LlavaBackbone]:
+def train(config: RLConfig, folder: RunFolder, tracker: Tracker) -> tuple[TwoLevelController, Backbone]:
     """Train, or finish training, in ``folder``."""
     model, venv = build(config)
     validation = load_queries(config.data, "validation", config.validate_queries)
@@ -279,7 +279,7 @@ def train(config: RLConfig, folder: RunFolder, tracker: Tracker) -> tuple[TwoLev
     return model.policy.controller, venv.core.backbone
 
 
-def test(config: RLConfig, controller: TwoLevelController, backbone: LlavaBackbone) -> list[Record]:
+def test(config: RLConfig, controller: TwoLevelController, backbone: Backbone) -> list[Record]:
     """Records of the controller, random plans of equal cost and the plain model on the test split."""
     bank = EncodingBank(backbone, load_queries(config.data, "test", config.test_queries))
     planners = [

@@ -46,7 +46,9 @@ class DecoderShape:
         hidden: width of the residual stream.
         vocab: rows of the output head.
         query_width: (H,) output columns of q_proj in each head slot.
-        key_width: (H,) output columns of k_proj (and of v_proj) in each head slot.
+        key_width: (G,) output columns of k_proj (and of v_proj) of each key-value group.
+        slots_per_group: consecutive head slots that share a key-value group; G = H / slots_per_group. A group is
+            computed while any of its slots is kept.
         mlp_width: (H,) MLP columns in each head slot; their sum is the intermediate size.
         mlp_follows_heads: whether dropping a slot drops its MLP slice (``width="heads+mlp"``).
     """
@@ -56,26 +58,25 @@ class DecoderShape:
     query_width: tuple[int, ...]
     key_width: tuple[int, ...]
     mlp_width: tuple[int, ...]
+    slots_per_group: int = 1
     mlp_follows_heads: bool = True
 
-    def prefill(self, masks: Masks, text_tokens: Tensor) -> Tensor:
+    def prefill(self, masks: Masks, n: Tensor) -> Tensor:
         """FLOPs of the prefill up to the first answer token's logits, (B,) int64.
 
         Args:
             masks: B plans.
-            text_tokens: (B,) text tokens of each prompt.
+            n: (B,) tokens of each prompt, text and visual, that the plans keep.
         """
-        n = text_tokens + masks.tokens.sum(1)
         per_token, per_pair = self._layer_terms(masks)
         return n * per_token + n * n * per_pair + 2 * self.hidden * self.vocab
 
-    def decode(self, masks: Masks, text_tokens: Tensor, new_tokens: int | Tensor) -> Tensor:
+    def decode(self, masks: Masks, n: Tensor, new_tokens: int | Tensor) -> Tensor:
         """FLOPs of the steps after the prefill, (B,) int64.
 
         The first answer token comes out of the prefill, so an answer of ``new_tokens`` takes one step fewer.
         Step t attends to the prompt and to t tokens of the answer.
         """
-        n = text_tokens + masks.tokens.sum(1)
         steps = (torch.as_tensor(new_tokens, device=n.device) - 1).clamp_min(0).expand_as(n)
         per_token, per_pair = self._layer_terms(masks)
         attended = steps * n + steps * (steps + 1) // 2
@@ -83,12 +84,14 @@ class DecoderShape:
 
     def _layer_terms(self, masks: Masks) -> tuple[Tensor, Tensor]:
         """Summed over layers: FLOPs per token, and per (query token, key token) pair; each (B,)."""
-        kept = masks.effective_heads.sum(1)  # (B, H) layers in which each slot is computed
+        heads_BLH = masks.effective_heads
+        kept = heads_BLH.sum(1)  # (B, H) layers in which each slot is computed
+        groups = heads_BLH.unflatten(2, (-1, self.slots_per_group)).any(3).sum(1)  # (B, G)
         d = self.hidden
-        attention = [2 * d * (2 * q + 2 * k) for q, k in zip(self.query_width, self.key_width, strict=True)]
-        mlp = [2 * d * 3 * width for width in self.mlp_width]
-        pair = kept @ kept.new_tensor([4 * q for q in self.query_width])
-        token = kept @ kept.new_tensor(attention)
+        mlp = [6 * d * width for width in self.mlp_width]
+        pair = kept @ kept.new_tensor([4 * width for width in self.query_width])
+        token = kept @ kept.new_tensor([4 * d * width for width in self.query_width])
+        token = token + groups @ kept.new_tensor([4 * d * width for width in self.key_width])
         if self.mlp_follows_heads:
             token = token + kept @ kept.new_tensor(mlp)
         else:

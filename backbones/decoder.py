@@ -5,16 +5,18 @@ slots are sliced out of the q, k, v and o projections, and their MLP slices out 
 
 Rows with different plans run together. Within a layer, the rows that keep it are covered by *blocks*, each a set
 of rows times a set of head slots, such that every kept (row, slot) pair lies in exactly one block. There are two
-ways to cut blocks: one for every distinct head pattern (rows once, weights sliced), or one for every slot (weights
-as views, rows repeated). The one with fewer blocks is taken, so a layer never takes more than H blocks.
+ways to cut blocks: one for every distinct head pattern (rows once, weights sliced), or one for every pattern within a
+key-value group (mostly views of the weights, rows repeated). The one with fewer blocks is taken.
 
-Shape legend: B rows, P packed tokens, S longest row, D hidden width, L layers, H head slots, W projection columns.
+Shape legend: B rows, P packed tokens, S longest row, D hidden width, L layers, H head slots, W projection columns,
+R rotary position components, t new tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -58,25 +60,65 @@ class LayerPlan:
     mlp: list[Block]
 
 
+class CachedBlock:
+    """Keys and values that one block's rows and heads wrote, with room to grow.
+
+    Args:
+        keys: (b, KV heads, S, head width), rows padded at the end.
+        values: likewise.
+        ragged: the rows' lengths at the prefill.
+    """
+
+    ROOM = 32
+
+    def __init__(self, keys: Tensor, values: Tensor, ragged: Ragged):
+        self.keys, self.values = keys, values
+        self.used = keys.shape[2]
+        self.padding_free = ragged.uniform
+        self.valid = ragged.valid
+
+    def fork(self) -> CachedBlock:
+        """A cache that continues from here without changing this one."""
+        fork = copy(self)
+        # Without room of its own the fork must copy before it writes.
+        fork.keys, fork.values = (x[:, :, : self.used] for x in (self.keys, self.values))
+        fork.valid = self.valid[:, : self.used]
+        return fork
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add t tokens a row; returns all keys and values so far, and the attention mask (b, 1, t, S) if needed."""
+        rows, t = keys.shape[0], keys.shape[2]
+        end = self.used + t
+        if end > self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, t + self.ROOM)) for x in (self.keys, self.values))
+            self.valid = F.pad(self.valid, (0, t + self.ROOM))
+        self.keys[:, :, self.used : end] = keys
+        self.values[:, :, self.used : end] = values
+        self.valid[:, self.used : end] = True
+        mask = None
+        if t > 1 or not self.padding_free:
+            old = self.valid[:, None, None, : self.used].expand(rows, 1, t, -1)
+            causal = torch.ones(t, t, dtype=torch.bool, device=keys.device).tril().expand(rows, 1, t, t)
+            mask = torch.cat([old, causal], dim=3)
+        self.used = end
+        return self.keys[:, :, :end], self.values[:, :, :end], mask
+
+
 @dataclass
 class KVCache:
-    """Keys and values of a prefilled batch: for each layer and attention block, what its rows and slots wrote.
+    """Keys and values of a prefilled batch.
 
     Attributes:
         plans: the layer plans of the prefill, re-used by every later step.
-        lengths: (B,) tokens that each row has cached so far, on the CPU.
-        entries: [layer][block] -> (keys, values), each (b, KV heads, S, head width), rows padded at the end.
-        valid: [layer][block] -> (b, S) which cached places hold a token.
+        blocks: [layer][attention block].
     """
 
     plans: list[LayerPlan]
-    lengths: Tensor
-    entries: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
-    valid: list[list[Tensor]] = field(default_factory=list)
+    blocks: list[list[CachedBlock]]
 
     def fork(self) -> KVCache:
         """A cache that continues from here without changing this one."""
-        return KVCache(self.plans, self.lengths, self.entries, self.valid)
+        return KVCache(self.plans, [[block.fork() for block in layer] for layer in self.blocks])
 
 
 class MaskedDecoder:
@@ -84,11 +126,13 @@ class MaskedDecoder:
 
     Args:
         language_model: the decoder body (``layers``, ``norm``, ``rotary_emb``, ``embed_tokens``).
-        slots: H, head slots per layer; the query heads are cut into H equal groups.
+        slots: H, head slots per layer; the query heads are cut into H equal groups. Several slots may share a
+            key-value head, which is dropped when all of them are.
         width: ``"heads+mlp"`` (a slot takes its slice of the MLP with it) or ``"heads"``.
 
     Raises:
-        InputError: a number of slots that would split a group of query heads sharing one key-value head.
+        InputError: a number of slots that neither divides the key-value heads nor cuts each of their groups of query
+            heads evenly.
     """
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Linear, slots: int, width: str = "heads+mlp"):
@@ -97,16 +141,20 @@ class MaskedDecoder:
         self.width = width
         config: Any = self.model.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        if slots < 1 or kv_heads % slots:
-            raise InputError(f"{slots} head slots do not divide the {kv_heads} key-value heads; use a divisor of them")
+        if slots < 1 or heads % slots or (kv_heads % slots and slots % kv_heads):
+            raise InputError(
+                f"{slots} head slots do not fit {heads} query heads on {kv_heads} key-value heads; use a divisor of "
+                f"{kv_heads}, or a multiple of it that divides {heads}"
+            )
         if width not in WIDTHS:
             raise InputError(f"width is {width!r}; it must be one of {', '.join(map(repr, WIDTHS))}")
         self.slots = slots
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.query_heads, self.kv_heads = heads // slots, kv_heads // slots  # per slot
+        self.groups = min(slots, kv_heads)
+        self.slots_per_group = slots // self.groups
+        self.query_heads, self.kv_heads = heads // slots, kv_heads // self.groups  # per slot, per group
         cuts = [config.intermediate_size * slot // slots for slot in range(slots + 1)]
         self.mlp_cuts = list(pairwise(cuts))
-        self._rope: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> DecoderShape:
@@ -116,20 +164,21 @@ class MaskedDecoder:
             hidden=config.hidden_size,
             vocab=self.lm_head.out_features,
             query_width=(self.query_heads * self.head_width,) * self.slots,
-            key_width=(self.kv_heads * self.head_width,) * self.slots,
+            key_width=(self.kv_heads * self.head_width,) * self.groups,
+            slots_per_group=self.slots_per_group,
             mlp_width=tuple(stop - start for start, stop in self.mlp_cuts),
             mlp_follows_heads=self.width == "heads+mlp",
         )
 
     def prefill(
-        self, x_PD: Tensor, ragged: Ragged, positions_P: Tensor, masks: Masks, cache: bool = False
+        self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, masks: Masks, cache: bool = False
     ) -> tuple[Tensor, KVCache | None]:
         """Run a packed batch of prompts under one plan a row.
 
         Args:
             x_PD: input embeddings of the tokens that the plans keep, row after row.
             ragged: the rows' lengths.
-            positions_P: position of each token in its unpruned sequence.
+            rope_PR: rotary position of each token in its unpruned sequence.
             masks: B plans; their token part has been applied to ``x_PD`` already.
             cache: whether to keep keys and values for ``extend``.
 
@@ -137,10 +186,10 @@ class MaskedDecoder:
             Final hidden states (P, D), normalised, and the cache if asked for.
         """
         plans = self._plan_layers(masks)
-        kv = KVCache(plans, ragged.lengths) if cache else None
-        return self._run(x_PD, ragged, positions_P, plans, None, kv), kv
+        kv = KVCache(plans, [[] for _ in plans]) if cache else None
+        return self._run(x_PD, ragged, rope_PR, plans, kv), kv
 
-    def extend(self, x_BtD: Tensor, positions_Bt: Tensor, cache: KVCache) -> Tensor:
+    def extend(self, x_BtD: Tensor, rope_BtR: Tensor, cache: KVCache) -> Tensor:
         """Run t further tokens a row against the cache, which grows by them.
 
         Returns:
@@ -148,36 +197,24 @@ class MaskedDecoder:
         """
         rows, t = x_BtD.shape[:2]
         ragged = Ragged(torch.full((rows,), t), x_BtD.device)
-        past = cache.fork()
-        cache.entries, cache.valid, cache.lengths = [], [], cache.lengths + t
-        out_PD = self._run(x_BtD.flatten(0, 1), ragged, positions_Bt.flatten(), cache.plans, past, cache)
+        out_PD = self._run(x_BtD.flatten(0, 1), ragged, rope_BtR.flatten(0, 1), cache.plans, cache)
         return out_PD.unflatten(0, (rows, t))
 
     def _run(
-        self,
-        x_PD: Tensor,
-        ragged: Ragged,
-        positions_P: Tensor,
-        plans: list[LayerPlan],
-        past: KVCache | None,
-        kv: KVCache | None,
+        self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, plans: list[LayerPlan], cache: KVCache | None
     ) -> Tensor:
-        cos_PW, sin_PW = (table[positions_P] for table in self._rope_tables(int(positions_P.max()) + 1, x_PD))
+        cos_PW, sin_PW = self._rope(x_PD, rope_PR)
         for number, (layer, plan) in enumerate(zip(self.model.layers, plans, strict=True)):
-            if kv is not None:
-                kv.entries.append([])
-                kv.valid.append([])
             if not (plan.attention or plan.mlp):
                 continue
+            cached = None if cache is None else cache.blocks[number]
             if plan.rows is None:
-                part, index, x = ragged, None, x_PD
-                rope = (cos_PW, sin_PW)
-            else:
-                part, index = ragged.select(plan.rows)
-                x, rope = x_PD[index], (cos_PW[index], sin_PW[index])
-            x = self._attend(layer, plan.attention, x, part, rope, None if past is None else (past, number), kv)
-            x = self._feed_forward(layer, plan.mlp, x, part)
-            x_PD = x if index is None else x_PD.index_copy(0, index, x)
+                x_PD = self._attend(layer, plan.attention, x_PD, ragged, (cos_PW, sin_PW), cached)
+                x_PD = self._feed_forward(layer, plan.mlp, x_PD, ragged)
+                continue
+            part, index = ragged.select(plan.rows)
+            x = self._attend(layer, plan.attention, x_PD[index], part, (cos_PW[index], sin_PW[index]), cached)
+            x_PD = x_PD.index_copy(0, index, self._feed_forward(layer, plan.mlp, x, part))
         return self.model.norm(x_PD)
 
     def _attend(
@@ -187,39 +224,71 @@ class MaskedDecoder:
         x_PD: Tensor,
         ragged: Ragged,
         rope: tuple[Tensor, Tensor],
-        past: tuple[KVCache, int] | None,
-        kv: KVCache | None,
+        cached: list[CachedBlock] | None,
     ) -> Tensor:
+        """The attention part of a layer. ``cached`` is empty at the prefill, and filled by it."""
         if not blocks:
             return x_PD
-        attention = layer.self_attn
         normed_PD = layer.input_layernorm(x_PD)
+        growing = bool(cached)
         updates = []
         for number, block in enumerate(blocks):
             part, index = (ragged, None) if block.rows is None else ragged.select(block.rows)
             h, cos, sin = (v if index is None else v[index] for v in (normed_PD, *rope))
-            columns, kv_columns = (
-                [(slot * n * self.head_width, (slot + 1) * n * self.head_width) for slot in block.slots]
-                for n in (self.query_heads, self.kv_heads)
-            )
-            q = part.pad(self._rotate(_linear_rows(attention.q_proj, h, columns), cos, sin))
-            k = part.pad(self._rotate(_linear_rows(attention.k_proj, h, kv_columns), cos, sin))
-            v = part.pad(_linear_rows(attention.v_proj, h, kv_columns))
-            q, k, v = (x.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for x in (q, k, v))
-            valid = part.valid
+            q, k, v = self._project(layer.self_attn, block.slots, h, cos, sin, part)
             mask = None
-            if past is not None:
-                k, v, valid, mask = _join_past(past[0].entries[past[1]][number], past[0].valid[past[1]][number], k, v)
-            if kv is not None:
-                kv.entries[-1].append((k, v))
-                kv.valid[-1].append(valid)
+            if growing:
+                assert cached is not None
+                k, v, mask = cached[number].append(k, v)
+            elif cached is not None:
+                cached.append(CachedBlock(k, v, part))
+            k, v = self._share(k, block.slots), self._share(v, block.slots)
             # Rows are padded at the end, so under the causal rule no token sees a padded place.
             out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                mask,
+                is_causal=not growing,
+                scale=layer.self_attn.scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
-            out = part.unpad(out.transpose(1, 2).flatten(2))
-            updates.append((index, _linear_columns(attention.o_proj, out, columns)))
+            out_PW = part.unpad(out.transpose(1, 2).flatten(2))
+            columns = self._columns(block.slots, self.query_heads)
+            updates.append((index, _linear_columns(layer.self_attn.o_proj, out_PW, columns)))
         return _add_updates(x_PD, updates)
+
+    def _project(
+        self, attention: Any, slots: tuple[int, ...], h_PD: Tensor, cos_PW: Tensor, sin_PW: Tensor, ragged: Ragged
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of some slots, keys and values of their groups, each (b, heads, S, head width)."""
+        columns = self._columns(slots, self.query_heads)
+        kv_columns = self._columns(self._groups_of(slots), self.kv_heads)
+        q = self._rotate(_linear_rows(attention.q_proj, h_PD, columns), cos_PW, sin_PW)
+        k = self._rotate(_linear_rows(attention.k_proj, h_PD, kv_columns), cos_PW, sin_PW)
+        v = _linear_rows(attention.v_proj, h_PD, kv_columns)
+        q, k, v = (ragged.pad(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def _columns(self, units: tuple[int, ...], heads: int) -> list[tuple[int, int]]:
+        """Projection columns of slots or groups that have ``heads`` heads each."""
+        width = heads * self.head_width
+        return [(unit * width, (unit + 1) * width) for unit in units]
+
+    def _groups_of(self, slots: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({slot // self.slots_per_group for slot in slots}))
+
+    def _share(self, x: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """Keys or values (b, KV heads, S, W) as these slots' query heads need them.
+
+        Where every group serves equally many slots, attention itself repeats them; else they are repeated here.
+        """
+        groups = self._groups_of(slots)
+        served = [sum(slot // self.slots_per_group == group for slot in slots) for group in groups]
+        if len(set(served)) == 1:
+            return x
+        index = [groups.index(slot // self.slots_per_group) for slot in slots for _ in range(self.query_heads)]
+        return x[:, index]
 
     def _feed_forward(self, layer: Any, blocks: list[Block], x_PD: Tensor, ragged: Ragged) -> Tensor:
         if not blocks:
@@ -245,20 +314,20 @@ class MaskedDecoder:
             rows = None if bool(runs_B.all()) else runs_B.nonzero()[:, 0]
             if rows is not None:
                 heads_BH = heads_BH[rows]
-            attention = cut_blocks(heads_BH)
-            whole = [Block(None, every_slot)] if len(heads_BH) else []
-            mlp = attention if self.width == "heads+mlp" else whole
+            attention = cut_blocks(heads_BH, self.slots_per_group)
+            if self.width == "heads":
+                mlp = [Block(None, every_slot)] if len(heads_BH) else []
+            else:
+                mlp = attention if self.slots_per_group == 1 else cut_blocks(heads_BH)
             plans.append(LayerPlan(rows, attention, mlp))
         return plans
 
-    def _rope_tables(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines by position, (positions, head width), computed once for as far as was needed."""
-        if self._rope is None or self._rope[0].shape[0] < length:
-            count = max(length, 256)
-            # The model's own rotary module, so every rope_type that it supports is right here too.
-            cos, sin = self.model.rotary_emb(like, torch.arange(count, device=like.device)[None])
-            self._rope = cos[0], sin[0]
-        return self._rope
+    def _rope(self, x_PD: Tensor, rope_PR: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (P, head width), from the model's own rotary module, so every kind that it supports is
+        right here too: positions go in as (1, P), or as (3, 1, P) for M-RoPE."""
+        positions = rope_PR.T if rope_PR.shape[1] == 1 else rope_PR.T[:, None]
+        cos, sin = self.model.rotary_emb(x_PD[None], positions)
+        return cos[0], sin[0]
 
     def _rotate(self, x_PW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
         """Rotary embedding of packed heads, (P, heads * head width)."""
@@ -268,26 +337,35 @@ class MaskedDecoder:
         return (x * cos_PW[:, None] + turned * sin_PW[:, None]).flatten(1)
 
 
-def cut_blocks(heads_BH: Tensor) -> list[Block]:
+def cut_blocks(heads_BH: Tensor, slots_per_group: int = 1) -> list[Block]:
     """Cover every kept (row, slot) pair exactly once, by whichever cut has fewer blocks.
+
+    No two blocks of a row share a key-value group, so that none is computed twice.
 
     Args:
         heads_BH: (B, H) kept slots of each row, on the CPU.
+        slots_per_group: consecutive slots that share a key-value group.
     """
+    whole = _blocks_by_pattern(heads_BH, 0)
+    if len(whole) <= 1:
+        return whole
     slots = heads_BH.shape[1]
+    starts = range(0, slots, slots_per_group)
+    by_group = [
+        block for start in starts for block in _blocks_by_pattern(heads_BH[:, start : start + slots_per_group], start)
+    ]
+    return whole if len(whole) <= len(by_group) else by_group
+
+
+def _blocks_by_pattern(heads_BH: Tensor, first_slot: int) -> list[Block]:
+    """One block for every distinct pattern of some slots, of which ``first_slot`` is the first."""
     patterns, pattern_of_row = heads_BH.unique(dim=0, return_inverse=True)
-    kept = [number for number, pattern in enumerate(patterns) if pattern.any()]
-    if len(kept) <= slots:
-        if len(patterns) == 1:
-            pairs = [(None, patterns[number]) for number in kept]
-        else:
-            pairs = [((pattern_of_row == number).nonzero()[:, 0], patterns[number]) for number in kept]
-        return [Block(rows, tuple(pattern.nonzero()[:, 0].tolist())) for rows, pattern in pairs]
     blocks = []
-    for slot in range(slots):
-        rows = heads_BH[:, slot].nonzero()[:, 0]
-        if len(rows):
-            blocks.append(Block(None if len(rows) == len(heads_BH) else rows, (slot,)))
+    for number, pattern in enumerate(patterns):
+        slots = tuple((pattern.nonzero()[:, 0] + first_slot).tolist())
+        if slots:
+            rows = None if len(patterns) == 1 else (pattern_of_row == number).nonzero()[:, 0]
+            blocks.append(Block(rows, slots))
     return blocks
 
 
@@ -325,15 +403,3 @@ def _add_updates(x_PD: Tensor, updates: list[tuple[Tensor | None, Tensor]]) -> T
         else:
             total_PD.index_add_(0, index, update)
     return x_PD + total_PD
-
-
-def _join_past(
-    entry: tuple[Tensor, Tensor], valid: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cached and new keys and values, which places are real (b, S+t), and the attention mask (b, 1, t, S+t)."""
-    rows, t = k.shape[0], k.shape[2]
-    new = torch.ones(rows, t, dtype=torch.bool, device=k.device)
-    causal = torch.ones(t, t, dtype=torch.bool, device=k.device).tril().expand(rows, t, t)
-    mask = torch.cat([valid[:, None].expand(rows, t, valid.shape[1]), causal], dim=2)
-    keys, values = torch.cat([entry[0], k], dim=2), torch.cat([entry[1], v], dim=2)
-    return keys, values, torch.cat([valid, new], dim=1), mask[:, None]

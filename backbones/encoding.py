@@ -1,17 +1,17 @@
 """Queries, and what a backbone makes of them once, before any plan.
 
-Shape legend: B queries, N visual tokens, T text tokens of the longest prompt, D hidden width of the decoder.
+Shape legend: B queries, N visual tokens of the longest image, n of one image, T text tokens of the longest prompt,
+D hidden width of the decoder, R rotary position components (1, or 3 for M-RoPE).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -37,25 +37,66 @@ class Query:
     image_key: Hashable = None
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the vision side made of one image, before any question.
+
+    Attributes:
+        visual_nD: visual tokens after the projector.
+        span: length of the stretch of the prompt that stands for the image.
+        visual_offsets: (n,) where in the span the visual tokens stand.
+        text_ids: ids of the text tokens within the span (tile markers, say), and
+        text_offsets: where they stand.
+        grid: (time, height, width) in patches, for families whose rotary positions need it.
+        vision_flops: of the vision tower on this image.
+        projector_flops: of the projector on this image.
+    """
+
+    visual_nD: Tensor
+    span: int
+    visual_offsets: Tensor
+    text_ids: tuple[int, ...] = ()
+    text_offsets: tuple[int, ...] = ()
+    grid: tuple[int, ...] | None = None
+    vision_flops: int = 0
+    projector_flops: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.visual_nD.numel() * self.visual_nD.element_size()
+
+
 @dataclass
 class Encoding:
-    """A batch of encoded queries.
+    """A batch of encoded queries, padded at the end of each row.
 
     Attributes:
         visual_BND: visual tokens after the projector.
-        visual_positions_BN: int64 place of each visual token in the unpruned sequence.
-        text_BTD: text embeddings of the prompt, padded at the end.
-        text_positions_BT: int64 place of each text token in the unpruned sequence.
+        visual_valid_BN: bool, False where padded.
+        visual_places_BN: int64 place of each visual token in the unpruned sequence.
+        visual_rope_BNR: its rotary position.
+        text_BTD: text embeddings of the prompt.
         text_valid_BT: bool, False where padded.
+        text_places_BT: int64 place of each text token in the unpruned sequence.
+        text_rope_BTR: its rotary position.
+        next_rope_B: rotary position of the first answer token.
+        vision_flops_B: FLOPs of the vision tower.
+        projector_flops_B: FLOPs of the projector.
         ids: the queries' ids.
         answers: the queries' accepted answers.
     """
 
     visual_BND: Tensor
-    visual_positions_BN: Tensor
+    visual_valid_BN: Tensor
+    visual_places_BN: Tensor
+    visual_rope_BNR: Tensor
     text_BTD: Tensor
-    text_positions_BT: Tensor
     text_valid_BT: Tensor
+    text_places_BT: Tensor
+    text_rope_BTR: Tensor
+    next_rope_B: Tensor
+    vision_flops_B: Tensor
+    projector_flops_B: Tensor
     ids: list[str] = field(default_factory=list)
     answers: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -67,23 +108,14 @@ class Encoding:
         """(B,) text tokens of each prompt."""
         return self.text_valid_BT.sum(1)
 
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) length of each unpruned sequence, visual and text tokens."""
-        return self.text_tokens + self.visual_BND.shape[1]
-
     def rows(self, rows: Tensor) -> Encoding:
         """Some rows of the batch, in the given order; rows may repeat."""
         picked = rows.tolist()
-        return Encoding(
-            self.visual_BND[rows],
-            self.visual_positions_BN[rows],
-            self.text_BTD[rows],
-            self.text_positions_BT[rows],
-            self.text_valid_BT[rows],
-            [self.ids[row] for row in picked] if self.ids else [],
-            [self.answers[row] for row in picked] if self.answers else [],
-        )
+
+        def pick(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) else [value[row] for row in picked] if value else []
+
+        return replace(self, **{entry.name: pick(getattr(self, entry.name)) for entry in fields(self)})
 
 
 class QuerySource(Protocol):
@@ -103,10 +135,14 @@ class QuerySource(Protocol):
 class Encoder(Protocol):
     """The part of a backbone that the bank uses."""
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Tensor: ...
+    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]: ...
 
     def assemble(
-        self, visual_BND: Tensor, questions: Sequence[str], ids: list[str], answers: list[tuple[str, ...]]
+        self,
+        images: Sequence[EncodedImage],
+        questions: Sequence[str],
+        ids: list[str],
+        answers: list[tuple[str, ...]],
     ) -> Encoding: ...
 
 
@@ -126,8 +162,8 @@ class EncodingBank:
         self.source = source
         self.capacity_bytes = capacity_bytes
         self.batch_size = batch_size
-        self._slots: OrderedDict[Hashable, int] = OrderedDict()
-        self._store: Tensor | None = None
+        self._kept: OrderedDict[Hashable, EncodedImage] = OrderedDict()
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -143,46 +179,25 @@ class EncodingBank:
         if outside:
             raise InputError(f"query number {outside[0]} does not exist; the source has {len(self.source)} queries")
         keys = [self.source.image_key(number) for number in numbers]
-        visual_BND = self._visual(dict(zip(keys, numbers, strict=True)), keys)
+        images = self._images(dict(zip(keys, numbers, strict=True)))
         ids, questions, answers = zip(*(self.source.text(number) for number in numbers), strict=True)
-        return self.encoder.assemble(visual_BND, questions, list(ids), list(answers))
+        return self.encoder.assemble([images[key] for key in keys], questions, list(ids), list(answers))
 
-    def _visual(self, number_of_key: dict[Hashable, int], keys: list[Hashable]) -> Tensor:
-        missing = [key for key in number_of_key if key not in self._slots]
-        fresh: dict[Hashable, Tensor] = {}
+    def _images(self, number_of_key: dict[Hashable, int]) -> dict[Hashable, EncodedImage]:
+        found = {key: self._kept[key] for key in number_of_key if key in self._kept}
+        for key in found:
+            self._kept.move_to_end(key)
+        missing = [key for key in number_of_key if key not in found]
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
             encoded = self.encoder.encode_images([self.source[number_of_key[key]].image for key in batch])
-            fresh.update(zip(batch, encoded, strict=True))
-        if not missing:
-            assert self._store is not None
-            return self._store[self._touch(keys)]
-        # Stacked, that is copied, before the store changes under the stored rows.
-        visual_BND = torch.stack([fresh[key] if key in fresh else self._stored(key) for key in keys])
-        for key, row in fresh.items():
-            self._keep(key, row)
-        return visual_BND
+            for key, image in zip(batch, encoded, strict=True):
+                found[key] = image
+                self._keep(key, image)
+        return found
 
-    def _stored(self, key: Hashable) -> Tensor:
-        assert self._store is not None
-        return self._store[self._slots[key]]
-
-    def _touch(self, keys: list[Hashable]) -> Tensor:
-        for key in keys:
-            self._slots.move_to_end(key)
-        return torch.tensor([self._slots[key] for key in keys])
-
-    def _keep(self, key: Hashable, row: Tensor) -> None:
-        room = max(1, self.capacity_bytes // (row.numel() * row.element_size()))
-        if self._store is None:
-            self._store = row.new_empty((min(room, 256), *row.shape))
-        if len(self._slots) < room:
-            slot = len(self._slots)
-            if slot == len(self._store):
-                larger = row.new_empty((min(room, 2 * slot), *row.shape))
-                larger[:slot] = self._store
-                self._store = larger
-        else:
-            _, slot = self._slots.popitem(last=False)
-        self._store[slot] = row
-        self._slots[key] = slot
+    def _keep(self, key: Hashable, image: EncodedImage) -> None:
+        self._kept[key] = image
+        self._bytes += image.nbytes
+        while self._bytes > self.capacity_bytes and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.llava import LlavaBackbone
+from backbones.families import FAMILIES
 from backbones.tiny import TINY_FOLDER
-
-FAMILIES = {"llava": LlavaBackbone}
 
 
 def load_backbone(
@@ -20,14 +19,14 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **options: Any,
-) -> LlavaBackbone:
+) -> Backbone:
     """Load a backbone in evaluation mode, its weights frozen.
 
     Args:
         name: ``"tiny"`` (embedded), a local folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``.
         dtype: of the weights.
         device: where to run.
-        **options: of the family's backbone class: ``heads``, ``width``, ``protected_layers``, …
+        **options: of ``Backbone``: ``heads``, ``width``, ``protected_layers``, ``max_visual_tokens``, …
 
     Raises:
         InputError: nothing loadable under that name, an architecture that no family covers, or a device that
@@ -57,4 +56,4 @@ def load_backbone(
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {name!r} could not be loaded ({reason})") from error
     model.requires_grad_(False)
-    return family(model.to(device).eval(), processor, name, **options)
+    return Backbone(family(model.to(device).eval(), processor), name, **options)

@@ -13,9 +13,9 @@ from gymnasium import spaces
 from gymnasium.utils import seeding
 from torch import Tensor
 
+from backbones.backbone import Backbone
 from backbones.encoding import EncodingBank, QuerySource
 from backbones.errors import InputError
-from backbones.llava import LlavaBackbone
 from backbones.loading import load_backbone
 from envs.queries import load_queries
 from envs.rewards import Reward, RewardTerms, WeightedReward
@@ -54,7 +54,7 @@ class MaskingCore:
 
     def __init__(
         self,
-        backbone: str | LlavaBackbone = "tiny",
+        backbone: str | Backbone = "tiny",
         data: str | QuerySource = "easy-vqa",
         split: str = "train",
         reward: str | Sequence[str] | Reward = "accuracy-flops",
@@ -138,20 +138,18 @@ class MaskingCore:
             actions: (B, A) of 0 and 1.
 
         Raises:
-            InputError: an action of another length or with other values, or a reward that fails.
+            InputError: an action of another length, with other values or without a layer, or a reward that fails.
         """
-        masks = self.layout.parse(actions)
-        if not masks.layers.any(1).all():
-            row = int((~masks.layers.any(1)).nonzero()[0])
-            raise InputError(f"the action at row {row} keeps no layer; a plan must keep at least one")
+        plans = self.layout.parse(actions).to(self.backbone.device)
         encoding = self.bank.gather(numbers)
+        masks = self.backbone.restrict(encoding, plans)
         references = [reference(accepted) for accepted in encoding.answers]
         answers = self.backbone.answer(encoding, masks, self.max_new_tokens, references)
         assert answers.log_likelihood is not None
         charge = self.controller_flops
         charged = charge(encoding.text_tokens) if callable(charge) else charge
-        cost = self.backbone.cost(masks, encoding.text_tokens, charged)
-        full = self.backbone.full_llm_flops(encoding.text_tokens)
+        cost = self.backbone.cost(encoding, masks, charged)
+        full = self.backbone.full_llm_flops(encoding)
         terms = RewardTerms(
             accuracy=np.array([score(text, ok) for text, ok in zip(answers.texts, encoding.answers, strict=True)]),
             log_likelihood=_array(answers.log_likelihood),

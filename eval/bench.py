@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from backbones import EncodingBank, load_backbone
-from backbones.llava import LlavaBackbone
+from backbones.backbone import Backbone
 from envs import MaskingCore, MaskingVecEnv, load_queries
 from policies.baselines import random_plans
 
@@ -41,7 +41,7 @@ def entry(name: str, value: float, setting: str) -> Entry:
     return {"name": name, "value": round(value, 3), "goal": GOALS.get(name), "better": "higher", "setting": setting}
 
 
-def bench_environment(backbone: LlavaBackbone, data: str, rows: int = 256, repeats: int = 15) -> list[Entry]:
+def bench_environment(backbone: Backbone, data: str, rows: int = 256, repeats: int = 15) -> list[Entry]:
     """Environment steps against the bare batched forward on the same queries and plans, and against one at a time."""
     source = load_queries(data, "validation", 2000)
     core = MaskingCore(backbone, source)
@@ -54,7 +54,7 @@ def bench_environment(backbone: LlavaBackbone, data: str, rows: int = 256, repea
     numbers = venv.slots.numbers
     encoding = bank.gather(numbers)
     budgets = torch.rand(rows, generator=generator, dtype=torch.float64) * 0.8 + 0.2
-    masks = random_plans(backbone, encoding.text_tokens, budgets, generator)
+    masks = random_plans(backbone, encoding, budgets, generator)
     actions = core.layout.flatten(masks).numpy().astype(np.int8)
     share = np.full(rows, 1.0, np.float32)
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from backbones.backbone import Backbone
 from backbones.encoding import EncodingBank
 from backbones.errors import InputError
-from backbones.llava import LlavaBackbone
 from envs.queries import DatasetQueries
 from envs.scoring import score
 from policies.baselines import Planner
@@ -40,7 +40,7 @@ def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
 
 def evaluate(
     planner: Planner,
-    backbone: LlavaBackbone,
+    backbone: Backbone,
     bank: EncodingBank,
     budgets: Sequence[float],
     seed: int = 0,
@@ -81,15 +81,14 @@ def evaluate(
 FIELDS = ("accuracy", "llm_flops_ratio", "total_flops_ratio", "violations", "kept_tokens", "kept_heads", "kept_layers")
 
 
-def _measure(
-    planner: Planner, backbone: LlavaBackbone, encoding: Any, budget: float, max_new_tokens: int
-) -> np.ndarray:
+def _measure(planner: Planner, backbone: Backbone, encoding: Any, budget: float, max_new_tokens: int) -> np.ndarray:
     """(fields, B) of ``FIELDS``."""
     budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64)
     masks = planner.plan(encoding, budgets_B)
     answers = backbone.answer(encoding, masks, max_new_tokens)
-    cost = backbone.cost(masks, encoding.text_tokens, planner.controller_flops(encoding))
-    full = backbone.cost(backbone.layout.full(len(encoding)), encoding.text_tokens)
+    masks = backbone.restrict(encoding, masks)
+    cost = backbone.cost(encoding, masks, planner.controller_flops(encoding))
+    full = backbone.cost(encoding, backbone.full(encoding))
     accuracy = [score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)]
     columns = [
         torch.tensor(accuracy),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.llava import LlavaBackbone
 from eval.runs import RunFolder
 from policies.baselines import BASELINES, Planner
 from policies.learned import ControllerPlanner, load_controller
@@ -26,7 +26,7 @@ def backbone_of(policies: list[str], backbone: str | None) -> str:
     return names[0] if names else "tiny"
 
 
-def load_planner(policy: str, backbone: LlavaBackbone, seed: int) -> Planner:
+def load_planner(policy: str, backbone: Backbone, seed: int) -> Planner:
     """A planner by baseline name or run folder.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from backbones.backbone import Backbone
 from backbones.encoding import Encoding
-from backbones.llava import LlavaBackbone
 from backbones.masks import Masks
 from policies.projection import project
 
@@ -39,11 +39,11 @@ class FullPlanner:
     name = "full"
     budgeted = False
 
-    def __init__(self, backbone: LlavaBackbone, seed: int = 0):
+    def __init__(self, backbone: Backbone, seed: int = 0):
         self.backbone = backbone
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        return self.backbone.layout.full(len(encoding), encoding.visual_BND.device)
+        return self.backbone.full(encoding)
 
     def controller_flops(self, encoding: Encoding) -> int:
         return 0
@@ -63,34 +63,32 @@ class RandomPlanner:
     name = "random"
     budgeted = True
 
-    def __init__(self, backbone: LlavaBackbone, seed: int = 0):
+    def __init__(self, backbone: Backbone, seed: int = 0):
         self.backbone = backbone
         self.generator = torch.Generator().manual_seed(seed)
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        return random_plans(self.backbone, encoding.text_tokens, budgets_B, self.generator)
+        return random_plans(self.backbone, encoding, budgets_B, self.generator)
 
     def controller_flops(self, encoding: Encoding) -> int:
         return 0
 
 
-def random_plans(
-    backbone: LlavaBackbone, text_tokens_B: Tensor, budgets_B: Tensor, generator: torch.Generator
-) -> Masks:
+def random_plans(backbone: Backbone, encoding: Encoding, budgets_B: Tensor, generator: torch.Generator) -> Masks:
     """Plans drawn at given budgets, (B,) each in (0, 1].
 
     Each axis gets a rate, the three rates a uniform draw from the simplex. Every unit leaves after an exponential
     waiting time of its axis' rate, and units leave in that order until the plan fits.
     """
     layout = backbone.layout
-    rows = len(text_tokens_B)
+    rows = len(encoding)
     rates_B3 = torch.empty(rows, 3).exponential_(generator=generator)
     rates_B3 = rates_B3 / rates_B3.sum(1, keepdim=True)
     per_axis = torch.tensor([layout.tokens, layout.layers * layout.heads, layout.layers])
     rates_BA = rates_B3.repeat_interleave(per_axis, dim=1).clamp_min(1e-6)
     waits_BA = torch.empty(rows, layout.size).exponential_(generator=generator) / rates_BA
-    device = text_tokens_B.device
-    return project(backbone, layout.full(rows, device), waits_BA.to(device), budgets_B.to(device), text_tokens_B)
+    device = encoding.visual_BND.device
+    return project(backbone, backbone.full(encoding), waits_BA.to(device), budgets_B.to(device), encoding)
 
 
 BASELINES = {planner.name: planner for planner in (FullPlanner, RandomPlanner)}

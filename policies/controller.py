@@ -95,11 +95,14 @@ class TwoLevelController(nn.Module):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.constant_(head.bias, self.config.initial_logit)
 
-    def read(self, visual_BND: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor) -> Reading:
+    def read(
+        self, visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor
+    ) -> Reading:
         """Read a batch of encodings and budgets.
 
         Args:
-            visual_BND: visual tokens.
+            visual_BND: visual tokens, padded.
+            visual_valid_BN: bool, False where padded.
             text_BTD: text embeddings, padded.
             text_valid_BT: bool, False where padded.
             budgets_B: shares in (0, 1].
@@ -109,7 +112,8 @@ class TwoLevelController(nn.Module):
         weights_BTK = self.pool(words_BTD).masked_fill(~text_valid_BT[..., None], -torch.inf).softmax(1)
         question_BW = self.read_question((weights_BTK.transpose(1, 2) @ words_BTD).flatten(1))
         tokens_BNW = self.read_visual(self.visual_norm(visual_BND)) + self.visual_places
-        inputs = torch.cat([question_BW, tokens_BNW.mean(1), share_features(budgets_B)], dim=1)
+        image_BW = (tokens_BNW * visual_valid_BN[..., None]).sum(1) / visual_valid_BN.sum(1).clamp_min(1)[:, None]
+        inputs = torch.cat([question_BW, image_BW, share_features(budgets_B)], dim=1)
         context_BW = F.gelu(self.read_context(inputs))
         scale_BW, shift_BW = self.modulate(context_BW).chunk(2, dim=1)
         return Reading(context_BW, F.gelu(tokens_BNW * (1 + scale_BW[:, None]) + shift_BW[:, None]))

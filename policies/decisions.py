@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.backbone import Backbone
 from backbones.encoding import Encoding
-from backbones.llava import LlavaBackbone
 from backbones.masks import Masks
 from policies.controller import Reading, TwoLevelController
 from policies.projection import budget_flops, project
@@ -25,23 +25,23 @@ class Decisions:
     Attributes:
         logits_BA: in flat-action order; the second level's given the first level's bits.
         bits_BA: bool, the action.
-        free_A: bool, False for protected units, on which nothing is decided.
+        free_BA: bool, False where nothing is decided: protected units, and visual tokens that the image does not have.
     """
 
     logits_BA: Tensor
     bits_BA: Tensor
-    free_A: Tensor
+    free_BA: Tensor
 
     def log_prob(self) -> Tensor:
         """(B,) joint log-probability of the bits: the sum over both levels."""
         log_probs_BA = -F.binary_cross_entropy_with_logits(self.logits_BA, self.bits_BA.float(), reduction="none")
-        return (log_probs_BA * self.free_A).sum(1)
+        return (log_probs_BA * self.free_BA).sum(1)
 
     def entropy(self) -> Tensor:
         """(B,) entropy of the first level plus that of the second given the chosen tokens: a one-sample estimate of
         the joint entropy H(tokens) + E[H(rest | tokens)]."""
         probability_BA = self.logits_BA.sigmoid()
-        return (F.softplus(self.logits_BA) - self.logits_BA * probability_BA).mul(self.free_A).sum(1)
+        return (F.softplus(self.logits_BA) - self.logits_BA * probability_BA).mul(self.free_BA).sum(1)
 
 
 class Decider:
@@ -52,7 +52,7 @@ class Decider:
         backbone: knows the layout and prices plans.
     """
 
-    def __init__(self, controller: TwoLevelController, backbone: LlavaBackbone):
+    def __init__(self, controller: TwoLevelController, backbone: Backbone):
         self.controller = controller
         self.backbone = backbone
         self.layout = backbone.layout
@@ -63,30 +63,39 @@ class Decider:
         return self.controller.flops(encoding.text_tokens)
 
     def read(self, encoding: Encoding, budgets_B: Tensor) -> Reading:
-        return self.controller.read(encoding.visual_BND, encoding.text_BTD, encoding.text_valid_BT, budgets_B)
+        return self.controller.read(
+            encoding.visual_BND, encoding.visual_valid_BN, encoding.text_BTD, encoding.text_valid_BT, budgets_B
+        )
+
+    def free(self, encoding: Encoding) -> Tensor:
+        """(B, A) bool: the bits on which something is decided."""
+        free_BA = self.free_A.expand(len(encoding), -1).clone()
+        free_BA[:, self.layout.level1] &= encoding.visual_valid_BN
+        return free_BA
 
     def budget_left(self, encoding: Encoding, kept_BN: Tensor, budgets_B: Tensor) -> Tensor:
         """(B,) share of the cost of all heads and layers at the kept tokens that the budget still pays for."""
         full = self.layout.full(len(encoding), kept_BN.device)
-        whole_B = self.backbone.cost(Masks(kept_BN, full.heads, full.layers), encoding.text_tokens).llm
-        limit_B = budget_flops(budgets_B, self.backbone.full_llm_flops(encoding.text_tokens))
+        whole_B = self.backbone.cost(encoding, Masks(kept_BN, full.heads, full.layers)).llm
+        limit_B = budget_flops(budgets_B, self.backbone.full_llm_flops(encoding))
         return (limit_B - self.controller_flops(encoding)).clamp_min(0) / whole_B
 
     def decide(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, sample: bool) -> Decisions:
         """Choose both levels in turn: by drawing, or every unit whose logit is positive."""
         token_logits_BN = self.controller.token_logits(reading)
-        kept_BN = _choose(token_logits_BN, sample)
+        kept_BN = _choose(token_logits_BN, sample) & encoding.visual_valid_BN
         left_B = self.budget_left(encoding, kept_BN, budgets_B)
         llm_logits = self.controller.llm_logits(reading, kept_BN, left_B)
         bits_BA = torch.cat([kept_BN, _choose(llm_logits, sample)], dim=1) | ~self.free_A
-        return Decisions(torch.cat([token_logits_BN, llm_logits], dim=1), bits_BA, self.free_A)
+        return Decisions(torch.cat([token_logits_BN, llm_logits], dim=1), bits_BA, self.free(encoding))
 
     def review(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, bits_BA: Tensor) -> Decisions:
         """The same logits for bits that were chosen earlier."""
         kept_BN = bits_BA[:, self.layout.level1]
         left_B = self.budget_left(encoding, kept_BN, budgets_B)
         llm_logits = self.controller.llm_logits(reading, kept_BN, left_B)
-        return Decisions(torch.cat([self.controller.token_logits(reading), llm_logits], dim=1), bits_BA, self.free_A)
+        logits_BA = torch.cat([self.controller.token_logits(reading), llm_logits], dim=1)
+        return Decisions(logits_BA, bits_BA, self.free(encoding))
 
     def fit(self, encoding: Encoding, decisions: Decisions, budgets_B: Tensor) -> Masks:
         """The decided plans, projected into their budgets with the logits as confidence."""
@@ -95,7 +104,7 @@ class Decider:
             self.layout.unflatten(decisions.bits_BA),
             decisions.logits_BA,
             budgets_B,
-            encoding.text_tokens,
+            encoding,
             self.controller_flops(encoding),
         )
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
-from backbones.llava import LlavaBackbone
 from backbones.masks import Masks
 from policies.controller import ControllerConfig, TwoLevelController
 from policies.decisions import Decider
@@ -32,7 +32,7 @@ class ControllerPlanner:
 
     budgeted = True
 
-    def __init__(self, controller: TwoLevelController, backbone: LlavaBackbone, name: str):
+    def __init__(self, controller: TwoLevelController, backbone: Backbone, name: str):
         self.decider = Decider(controller.eval(), backbone)
         self.name = name
 
@@ -52,7 +52,7 @@ def save_controller(controller: TwoLevelController, folder: Path) -> None:
     (folder / SIZES).write_text(json.dumps(controller.config_dict(), indent=2) + "\n")
 
 
-def load_controller(folder: Path, backbone: LlavaBackbone) -> TwoLevelController:
+def load_controller(folder: Path, backbone: Backbone) -> TwoLevelController:
     """Read a controller back.
 
     Raises:

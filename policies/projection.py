@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backbones.backbone import Backbone
+from backbones.encoding import Encoding
 from backbones.errors import InputError
-from backbones.llava import LlavaBackbone
 from backbones.masks import Masks
 
 
 def project(
-    backbone: LlavaBackbone,
+    backbone: Backbone,
     masks: Masks,
     confidence_BA: Tensor,
     budgets_B: Tensor,
-    text_tokens_B: Tensor,
+    encoding: Encoding,
     controller_flops: int | Tensor = 0,
 ) -> Masks:
     """Make every plan fit its budget by dropping its least confident kept units.
@@ -30,20 +31,20 @@ def project(
         masks: B plans.
         confidence_BA: one number a unit in flat-action order; the lowest go first.
         budgets_B: share of the full plan's LLM FLOPs, in (0, 1].
-        text_tokens_B: text tokens of each prompt.
+        encoding: B queries.
         controller_flops: charged to the budget, one number or (B,).
 
     Raises:
         InputError: a budget below what the smallest plan costs; the message names the least budget.
     """
-    full_B = backbone.full_llm_flops(text_tokens_B)
+    full_B = backbone.full_llm_flops(encoding)
     limits_B = budget_flops(budgets_B, full_B)
 
     def spent(bits_BA: Tensor) -> Tensor:
-        return backbone.cost(layout.unflatten(bits_BA), text_tokens_B, controller_flops).llm
+        return backbone.cost(encoding, layout.unflatten(bits_BA), controller_flops).llm
 
     layout = backbone.layout
-    bits_BA = layout.flatten(masks)
+    bits_BA = layout.flatten(backbone.restrict(encoding, masks))
     droppable_BA = bits_BA & ~layout.protected(bits_BA.device)
     counts_B = droppable_BA.sum(1)
     # Rank 0 goes first. Whatever cannot be dropped ranks behind everything that can.

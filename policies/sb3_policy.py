@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor, nn
 
+from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
-from backbones.llava import LlavaBackbone
 from policies.controller import ControllerConfig, Reading, TwoLevelController
 from policies.decisions import Decider, Decisions
 
@@ -47,7 +47,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         controller: dict[str, Any] | None = None,
         **options: Any,
     ):
-        assert isinstance(bank.encoder, LlavaBackbone)
+        assert isinstance(bank.encoder, Backbone)
         self.bank = bank
         self.backbone = bank.encoder
         self.controller_sizes = controller or {}
@@ -73,7 +73,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         encoding, budgets_B, reading = self._read(obs)
         decisions = self.decider.review(encoding, reading, budgets_B, actions.bool())
         # Per decision, so that an entropy coefficient means the same for 94 decisions and for 1,632.
-        entropy_B = decisions.entropy() / self.decider.free_A.sum()
+        entropy_B = decisions.entropy() / decisions.free_BA.sum(1)
         return self.critic(reading.context_BW), decisions.log_prob(), entropy_B
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:

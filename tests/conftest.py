@@ -9,14 +9,15 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from backbones import EncodingBank, LlavaBackbone, load_backbone
+from backbones import Backbone, EncodingBank, load_backbone
+from backbones.families.llava import LlavaFamily
 from backbones.tiny import build_tiny
 from envs.queries import DatasetQueries
 
 WORDS = ["what color is the shape ?", "is there a red circle in the image ?", "yes no red green blue circle"]
 
 
-def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, **options) -> LlavaBackbone:
+def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, **options) -> Backbone:
     """A random-weight LLaVA of 16 visual tokens, 3 layers and ``heads`` heads, in evaluation mode."""
     torch.manual_seed(seed)
     model, processor = build_tiny(
@@ -34,11 +35,11 @@ def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, **options)
     for parameter in model.parameters():  # larger weights, so that every part matters to the logits
         parameter.data.mul_(1.5)
     model.requires_grad_(False)
-    return LlavaBackbone(model, processor, "test", **options)
+    return Backbone(LlavaFamily(model, processor), "test", **options)
 
 
 @pytest.fixture(scope="session", params=["mha", "gqa", "heads-only"])
-def backbone(request) -> LlavaBackbone:
+def backbone(request) -> Backbone:
     """Every kind of slot: plain heads, grouped key-value heads, and an MLP that ignores the slots."""
     if request.param == "mha":
         return build()
@@ -48,12 +49,12 @@ def backbone(request) -> LlavaBackbone:
 
 
 @pytest.fixture(scope="session")
-def small() -> LlavaBackbone:
+def small() -> Backbone:
     return build()
 
 
 @pytest.fixture(scope="session")
-def tiny() -> LlavaBackbone:
+def tiny() -> Backbone:
     """The shipped backbone."""
     return load_backbone("tiny")
 
@@ -82,7 +83,7 @@ def bank(backbone, source) -> EncodingBank:
     return EncodingBank(backbone, source)
 
 
-def random_masks(backbone: LlavaBackbone, rows: int, seed: int = 0, keep: float = 0.6):
+def random_masks(backbone: Backbone, rows: int, seed: int = 0, keep: float = 0.6):
     generator = torch.Generator().manual_seed(seed)
     masks = backbone.layout.unflatten(torch.rand(rows, backbone.layout.size, generator=generator) < keep)
     masks.layers[~masks.layers.any(1), 0] = True

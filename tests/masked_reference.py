@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from backbones import Encoding, LlavaBackbone, Masks
+from backbones import Backbone, Encoding, Masks
 
 
-def masked_logits(backbone: LlavaBackbone, encoding: Encoding, masks: Masks, row: int) -> Tensor:
+def masked_logits(backbone: Backbone, encoding: Encoding, masks: Masks, row: int) -> Tensor:
     """Logits (V,) after the prompt of one row, by masking alone."""
     model, decoder = backbone.model.model.language_model, backbone.decoder
-    x, keep = _sequence(encoding, masks, row)
+    x, keep, positions = _sequence(encoding, masks, row)
     length = x.shape[1]
     visible = torch.ones(length, length).tril().bool() & keep[None]
     bias = torch.zeros(length, length).masked_fill(~visible, -torch.inf)
     bias[~keep] = 0.0  # a dropped token's own row is never used; keep its softmax finite
-    rope = model.rotary_emb(x, torch.arange(length)[None])
+    rope = model.rotary_emb(x, positions)
     for number, layer in enumerate(model.layers):
         slots = masks.heads[row, number].float()
         update = _attention(layer, x, rope, bias, slots.repeat_interleave(decoder.query_heads * decoder.head_width))
@@ -45,12 +45,20 @@ def _attention(layer, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, slot
     return attention.o_proj((weights @ v).transpose(1, 2).flatten(2) * slots)
 
 
-def _sequence(encoding: Encoding, masks: Masks, row: int) -> tuple[Tensor, Tensor]:
-    """The unpruned sequence (1, S, D) and which of its tokens are kept (S,)."""
-    valid = encoding.text_valid_BT[row]
-    length = int(encoding.lengths[row])
-    x, keep = torch.zeros(1, length, encoding.visual_BND.shape[2]), torch.ones(length, dtype=torch.bool)
-    x[0, encoding.visual_positions_BN[row]] = encoding.visual_BND[row]
-    keep[encoding.visual_positions_BN[row]] = masks.tokens[row]
-    x[0, encoding.text_positions_BT[row][valid]] = encoding.text_BTD[row][valid]
-    return x, keep
+def _sequence(encoding: Encoding, masks: Masks, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The unpruned sequence (1, S, D), which of its tokens are kept (S,), and its rotary positions as the model takes
+    them, (1, S) or (3, 1, S)."""
+    parts = []
+    for side in ("visual", "text"):
+        letter = "N" if side == "visual" else "T"
+        valid = getattr(encoding, f"{side}_valid_B{letter}")[row]
+        places = getattr(encoding, f"{side}_places_B{letter}")[row][valid]
+        rope = getattr(encoding, f"{side}_rope_B{letter}R")[row][valid]
+        x = getattr(encoding, f"{side}_B{letter}D")[row][valid]
+        kept = masks.tokens[row][valid] if side == "visual" else torch.ones(len(places), dtype=torch.bool)
+        parts.append((places, x, kept, rope))
+    places, x, kept, rope = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = places.argsort()
+    assert torch.equal(places[order], torch.arange(len(places))), "the places of a prompt must be 0, 1, 2, ..."
+    rope = rope[order]
+    return x[order][None], kept[order], rope.T if rope.shape[1] == 1 else rope.T[:, None]

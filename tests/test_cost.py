@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from backbones import EncodingBank
 from backbones.cost import DecoderShape, clip_tower_flops, mlp_flops
 from backbones.masks import MaskLayout
 from backbones.published_cost import (
@@ -13,6 +14,7 @@ from backbones.published_cost import (
     fastv_layer_macs,
     fastv_mean_layer_macs,
 )
+from envs.queries import load_queries
 from policies.controller import ControllerConfig, TwoLevelController
 from policies.decisions import Decider
 from tests.conftest import random_masks
@@ -29,7 +31,7 @@ def counted(function) -> int:
 def test_prefill_of_single_plans(backbone, bank, number):
     encoding = bank.gather([number])
     masks = backbone.layout.full() if number == 0 else random_masks(backbone, 1, seed=number)
-    cost = backbone.cost(masks, encoding.text_tokens)
+    cost = backbone.cost(encoding, masks)
     assert counted(lambda: backbone.prefill(encoding, masks)) == int(cost.prefill)
 
 
@@ -37,7 +39,7 @@ def test_mixed_batch_of_equal_lengths_costs_the_sum_of_its_rows(backbone, bank):
     encoding = bank.gather([0, 2, 4, 6, 8, 10])  # the same question, so the same text length
     masks = random_masks(backbone, 6, seed=3)
     masks.tokens[:] = masks.tokens[0]  # equal lengths: no padding in attention
-    cost = backbone.cost(masks, encoding.text_tokens)
+    cost = backbone.cost(encoding, masks)
     assert counted(lambda: backbone.prefill(encoding, masks)) == int(cost.prefill.sum())
 
 
@@ -49,16 +51,16 @@ def test_decode_steps(backbone, bank, seed):
     def decode(steps: int) -> None:
         _, kv = backbone.prefill(encoding, masks, cache=True)
         for step in range(steps):
-            backbone._extend(ids[step][None], encoding.lengths + step, kv)
+            backbone._extend(ids[step][None], encoding.next_rope_B + step, kv)
 
     for new_tokens in (1, 2, 4):
-        cost = backbone.cost(masks, encoding.text_tokens, new_tokens=new_tokens)
+        cost = backbone.cost(encoding, masks, new_tokens=new_tokens)
         assert counted(lambda n=new_tokens: decode(n - 1)) == int(cost.prefill + cost.decode)
 
 
 def test_vision_tower_and_projector(backbone, source):
-    images = [source[0].image]
-    assert counted(lambda: backbone.encode_images(images)) == backbone.vision_flops + backbone.projector_flops
+    image = backbone.encode_images([source[0].image])[0]
+    assert counted(lambda: backbone.encode_images([source[0].image])) == image.vision_flops + image.projector_flops
 
 
 @pytest.mark.parametrize("text_numbers", [[0], [1]])
@@ -76,8 +78,7 @@ def test_controller(backbone, bank, text_numbers):
 
 def test_budget_one_is_the_full_plan(backbone, bank):
     encoding = bank.gather([0, 1])
-    full = backbone.full_llm_flops(encoding.text_tokens)
-    assert torch.equal(full, backbone.cost(backbone.layout.full(2), encoding.text_tokens).llm)
+    assert torch.equal(backbone.full_llm_flops(encoding), backbone.cost(encoding, backbone.layout.full(2)).llm)
 
 
 def test_dropped_layer_and_its_heads_cost_nothing(small, source):
@@ -85,8 +86,8 @@ def test_dropped_layer_and_its_heads_cost_nothing(small, source):
     masks.layers[0, 1] = False
     without_heads = small.layout.full()
     without_heads.heads[0, 1] = False
-    text = torch.tensor([8])
-    assert small.cost(masks, text).llm == small.cost(without_heads, text).llm < small.full_llm_flops(text)
+    encoding = small.encode([source[0]])
+    assert small.cost(encoding, masks).llm == small.cost(encoding, without_heads).llm < small.full_llm_flops(encoding)
 
 
 LLAVA_7B = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 32000}
@@ -96,7 +97,7 @@ def test_llava_7b_shape_against_stock_formulas():
     """2 x MACs of linears and attention, 640 tokens, plus the head once: 8.48 T; the analyser of AdaLLaVA, which adds
     elementwise work, has 8.51 T."""
     shape = DecoderShape(4096, 32000, (128,) * 32, (128,) * 32, (344,) * 32)
-    flops = shape.prefill(MaskLayout(576, 32, 32).full(), torch.tensor([64]))
+    flops = shape.prefill(MaskLayout(576, 32, 32).full(), torch.tensor([640]))
     assert int(flops) == 32 * (2 * 640 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * 640**2 * 4096) + 2 * 4096 * 32000
     assert int(flops) / adallava_prefill_flops(640, **LLAVA_7B) == pytest.approx(1, abs=0.005)
 
@@ -110,11 +111,11 @@ def test_clip_tower_and_projector_of_llava():
 def test_controller_is_at_most_one_percent_of_a_7b_prefill(tiny):
     controller = TwoLevelController(ControllerConfig(576, 32, 32, 4096))
     shape = DecoderShape(4096, 32000, (128,) * 32, (128,) * 32, (344,) * 32)
-    full = shape.prefill(MaskLayout(576, 32, 32).full(), torch.tensor([64]))
+    full = shape.prefill(MaskLayout(576, 32, 32).full(), torch.tensor([640]))
     assert controller.flops(torch.tensor([64])) <= 0.01 * full
     embedded = TwoLevelController(ControllerConfig.for_layout(tiny.layout, tiny.hidden))
-    text = torch.tensor([9])
-    assert embedded.flops(text) <= 0.01 * tiny.full_llm_flops(text)
+    encoding = EncodingBank(tiny, load_queries("easy-vqa", "test", 50)).gather(range(50))
+    assert (embedded.flops(encoding.text_tokens) <= 0.01 * tiny.full_llm_flops(encoding)).all()
 
 
 def test_fastv_figures():

@@ -89,13 +89,14 @@ def test_cached_decoding_equals_recomputing(backbone, bank):
     with torch.no_grad():
         _, kv = backbone.prefill(encoding, masks, cache=True)
         steps = [
-            backbone._extend(more[:, :2], encoding.lengths, kv),
-            *(backbone._extend(more[:, [step]], encoding.lengths + step, kv) for step in (2, 3, 4)),
+            backbone._extend(more[:, :2], encoding.next_rope_B, kv),
+            *(backbone._extend(more[:, [step]], encoding.next_rope_B + step, kv) for step in (2, 3, 4)),
         ]
         cached = torch.cat(steps, dim=1)
         questions = [bank.source.text(number)[1] for number in numbers]
+        images = backbone.encode_images([bank.source[number].image for number in numbers])
         for taken in range(1, 6):
-            grown = backbone.assemble(encoding.visual_BND, questions, continuations=more[:, :taken].tolist())
+            grown = backbone.assemble(images, questions, continuations=more[:, :taken].tolist())
             recomputed, _ = backbone.prefill(grown, masks)
             assert torch.allclose(cached[:, taken - 1], recomputed, atol=1e-4, rtol=0)
 
@@ -104,12 +105,12 @@ def test_log_likelihood_is_the_sum_over_the_answers_tokens(backbone, bank):
     encoding, masks = bank.gather([0, 1]), random_masks(backbone, 2, seed=9)
     answers = ["red", "yes no blue"]
     scored = backbone.log_likelihood(encoding, masks, answers)
+    images = backbone.encode_images([bank.source[row].image for row in range(2)])
     for row, answer in enumerate(answers):
         ids, total = backbone.answer_ids(answer), 0.0
         for place, token in enumerate(ids):
-            grown = backbone.assemble(
-                encoding.visual_BND[[row]], [bank.source.text(row)[1]], continuations=[ids[:place]]
-            )
+            question = bank.source.text(row)[1]
+            grown = backbone.assemble(images[row : row + 1], [question], continuations=[ids[:place]])
             with torch.no_grad():
                 logits, _ = backbone.prefill(grown, masks[row : row + 1])
             total += float(logits.log_softmax(-1)[0, token])
@@ -151,7 +152,7 @@ def test_blocks_cover_every_kept_pair_once(rows):
 
 def test_slots_and_width_are_checked(small):
     model = small.model
-    with pytest.raises(InputError, match="3 head slots do not divide the 4"):
+    with pytest.raises(InputError, match="3 head slots do not fit 4 query heads on 4"):
         MaskedDecoder(model.model.language_model, model.lm_head, 3)
     with pytest.raises(InputError, match="width is 'depth'"):
         MaskedDecoder(model.model.language_model, model.lm_head, 4, width="depth")
@@ -161,7 +162,7 @@ def test_masks_of_another_layout_are_refused(small, source):
     from backbones import MaskLayout
 
     encoding = small.encode([source[0]])
-    with pytest.raises(InputError, match=r"the masks are for \(1, 9\)"):
+    with pytest.raises(InputError, match=r"the masks are for \(queries, visual tokens\) \(1, 9\)"):
         small.prefill(encoding, MaskLayout(9, 3, 4).full())
 
 

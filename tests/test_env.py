@@ -136,8 +136,7 @@ def test_reward_sees_cost_budget_and_parts(small, source):
     masks.tokens[1, 4:] = False
     outcome = core.step(np.array([0, 0]), np.array([0.5, 0.9]), small.layout.flatten(masks).numpy())
     terms = seen[0]
-    text = core.bank.gather([0]).text_tokens
-    full = small.full_llm_flops(text)
+    full = small.full_llm_flops(core.bank.gather([0]))
     assert terms.flops[0] == pytest.approx(float((full + 500) / full), rel=1e-6)
     assert terms.flops[1] < terms.flops[0]
     assert terms.budget.tolist() == [0.5, 0.9]

@@ -10,7 +10,8 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from backbones import EncodingBank, InputError, LlavaBackbone, MaskLayout
+from backbones import Backbone, EncodingBank, InputError, MaskLayout
+from backbones.families.llava import LlavaFamily
 from backbones.tiny import build_tiny
 from envs import MaskingCore, MaskingVecEnv
 from policies.controller import ControllerConfig, TwoLevelController
@@ -45,7 +46,7 @@ def smallest():
     torch.manual_seed(0)
     sizes = {"image_size": 8, "patch_size": 4, "hidden": 16, "layers": 2, "heads": 2, "intermediate": 16}
     model, processor = build_tiny(WORDS, **sizes, vision_hidden=16, vision_layers=1)
-    return LlavaBackbone(model.requires_grad_(False), processor, "smallest", protected_layers=())
+    return Backbone(LlavaFamily(model.requires_grad_(False), processor), "smallest", protected_layers=())
 
 
 def decider_of(backbone, seed=0):
@@ -131,7 +132,7 @@ def test_protected_units_are_no_decisions(small, source):
         decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
     protected = small.layout.protected()
     assert decisions.bits_BA[:, protected].all()
-    changed = type(decisions)(decisions.logits_BA + 3.0 * protected, decisions.bits_BA, decisions.free_A)
+    changed = type(decisions)(decisions.logits_BA + 3.0 * protected, decisions.bits_BA, decisions.free_BA)
     assert torch.equal(changed.log_prob(), decisions.log_prob())
     assert torch.equal(changed.entropy(), decisions.entropy())
 
@@ -181,11 +182,11 @@ def test_executed_plans_fit_while_sampled_ones_may_not(small, source):
         actions, _, _ = model.policy(obs)
         predicted, _ = model.policy.predict({name: value.numpy() for name, value in obs.items()}, deterministic=True)
     encoding = model.policy.bank.gather(obs["query"][:, 0].long())
-    limits = budget_flops(obs["budget"][:, 0], small.full_llm_flops(encoding.text_tokens))
+    limits = budget_flops(obs["budget"][:, 0], small.full_llm_flops(encoding))
     charge = model.policy.decider.controller_flops(encoding)
 
     def spent(bits):
-        return small.cost(small.layout.unflatten(torch.as_tensor(bits).bool()), encoding.text_tokens, charge).llm
+        return small.cost(encoding, small.layout.unflatten(torch.as_tensor(bits).bool()), charge).llm
 
     assert (spent(actions) > limits).any()
     assert (spent(model.policy.fitted()) <= limits).all()
@@ -221,7 +222,7 @@ def test_saved_controllers_load_equal_and_only_for_their_layout(small, source, t
     budgets = torch.full((8,), 0.7, dtype=torch.float64)
     plans = [ControllerPlanner(each, small, "x").plan(encoding, budgets) for each in (controller, loaded)]
     assert torch.equal(small.layout.flatten(plans[0]), small.layout.flatten(plans[1]))
-    other = LlavaBackbone(small.model, small.processor, "other", heads=2)
+    other = Backbone(small.family, "other", heads=2)
     with pytest.raises(InputError, match="backbone 'other' has"):
         load_controller(tmp_path, other)
     (tmp_path / "controller.safetensors").write_bytes(b"rubbish")
@@ -234,7 +235,13 @@ def test_saved_controllers_load_equal_and_only_for_their_layout(small, source, t
 def test_layouts_with_other_sizes_build(smallest):
     layout = MaskLayout(576, 32, 32)
     controller = TwoLevelController(ControllerConfig.for_layout(layout, 64))
-    reading = controller.read(torch.randn(2, 576, 64), torch.randn(2, 90, 64), torch.ones(2, 90).bool(), torch.ones(2))
+    reading = controller.read(
+        torch.randn(2, 576, 64),
+        torch.ones(2, 576).bool(),
+        torch.randn(2, 90, 64),
+        torch.ones(2, 90).bool(),
+        torch.ones(2),
+    )
     kept = controller.token_logits(reading) > 0
     assert controller.llm_logits(reading, kept, torch.ones(2)).shape == (2, 32 * 32 + 32)
 

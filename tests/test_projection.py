@@ -5,30 +5,36 @@ from itertools import pairwise
 import pytest
 import torch
 
-from backbones import InputError
+from backbones import EncodingBank, InputError
+from envs.queries import DatasetQueries
 from policies.baselines import FullPlanner, RandomPlanner, random_plans
 from policies.projection import budget_flops, project
-from tests.conftest import random_masks
+from tests.conftest import make_dataset, random_masks
+
+
+def encodings(backbone):
+    source = DatasetQueries(make_dataset(), "made", "train")
+    return EncodingBank(backbone, source).gather(range(12))
 
 
 def draw(backbone, rows, seed, low=0.15):
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(5, 20, (rows,), generator=generator)
+    encoding = encodings(backbone).rows(torch.randint(12, (rows,), generator=generator))
     confidence = torch.randn(rows, backbone.layout.size, generator=generator)
     budgets = low + (1 - low) * torch.rand(rows, generator=generator, dtype=torch.float64)
-    return text, confidence, budgets
+    return encoding, confidence, budgets
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_plan_exceeds_its_budget_and_none_drops_more_than_it_must(backbone, seed):
-    text, confidence, budgets = draw(backbone, 200, seed)
+    encoding, confidence, budgets = draw(backbone, 200, seed)
     before = random_masks(backbone, 200, seed, keep=0.95)
     low = torch.full_like(budgets, 0.6) if backbone.layout.protected_layers else budgets
     budgets = budgets.maximum(low)
-    after = project(backbone, before, confidence, budgets, text, controller_flops=1000)
-    full = backbone.full_llm_flops(text)
+    after = project(backbone, before, confidence, budgets, encoding, controller_flops=1000)
+    full = backbone.full_llm_flops(encoding)
     limits = budget_flops(budgets, full)
-    assert (backbone.cost(after, text, 1000).llm <= limits).all()
+    assert (backbone.cost(encoding, after, 1000).llm <= limits).all()
     flat_before, flat_after = backbone.layout.flatten(before), backbone.layout.flatten(after)
     assert not (flat_after & ~flat_before).any(), "projection added a unit"
     dropped = flat_before & ~flat_after
@@ -38,15 +44,15 @@ def test_no_plan_exceeds_its_budget_and_none_drops_more_than_it_must(backbone, s
         assert confidence[row, dropped[row]].max() <= confidence[row, kept].min(), "a more confident unit was dropped"
         again = flat_after[row].clone()
         again[last[row]] = True
-        cost = backbone.cost(backbone.layout.unflatten(again[None]), text[row : row + 1], 1000).llm
+        cost = backbone.cost(encoding.rows(torch.tensor([row])), backbone.layout.unflatten(again[None]), 1000).llm
         assert cost > limits[row], "one drop too many"
 
 
 def test_a_larger_budget_never_makes_the_plan_smaller(backbone):
-    text, confidence, _ = draw(backbone, 50, 0)
+    encoding, confidence, _ = draw(backbone, 50, 0)
     plans = [
         backbone.layout.flatten(
-            project(backbone, backbone.layout.full(50), confidence, torch.full((50,), budget), text)
+            project(backbone, backbone.layout.full(50), confidence, torch.full((50,), budget), encoding)
         )
         for budget in (0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
     ]
@@ -55,34 +61,32 @@ def test_a_larger_budget_never_makes_the_plan_smaller(backbone):
 
 
 def test_plans_within_budget_are_untouched(backbone):
-    text, confidence, _ = draw(backbone, 20, 1)
+    encoding, confidence, _ = draw(backbone, 20, 1)
     masks = backbone.layout.full(20)
-    projected = project(backbone, masks, confidence, torch.ones(20), text)
+    projected = project(backbone, masks, confidence, torch.ones(20), encoding)
     assert torch.equal(backbone.layout.flatten(projected), backbone.layout.flatten(masks))
 
 
 def test_the_controllers_own_flops_are_charged(small):
-    text, confidence, _ = draw(small, 10, 2)
-    projected = project(small, small.layout.full(10), confidence, torch.ones(10), text, controller_flops=1)
+    encoding, confidence, _ = draw(small, 10, 2)
+    projected = project(small, small.layout.full(10), confidence, torch.ones(10), encoding, controller_flops=1)
     assert not small.layout.flatten(projected).all(1).any()
 
 
 def test_an_impossible_budget_is_refused_with_the_least_possible_one(small):
-    text, confidence, _ = draw(small, 1, 3)
+    encoding, confidence, _ = draw(small, 1, 3)
     with pytest.raises(InputError, match="least budget here is 0") as caught:
-        project(small, small.layout.full(1), confidence, torch.tensor([0.01]), text)
+        project(small, small.layout.full(1), confidence, torch.tensor([0.01]), encoding)
     least = float(str(caught.value).rsplit(" ", 1)[1])
-    assert project(small, small.layout.full(1), confidence, torch.tensor([least + 1e-4]), text)
+    assert project(small, small.layout.full(1), confidence, torch.tensor([least + 1e-4]), encoding)
 
 
 def test_random_plans_spend_their_budget_on_every_axis(small, source):
-    from backbones import EncodingBank
-
     encoding = EncodingBank(small, source).gather([0] * 400)
     budgets = torch.full((400,), 0.6, dtype=torch.float64)
     planner = RandomPlanner(small, seed=0)
     masks = planner.plan(encoding, budgets)
-    spent = small.cost(masks, encoding.text_tokens).llm / small.full_llm_flops(encoding.text_tokens)
+    spent = small.cost(encoding, masks).llm / small.full_llm_flops(encoding)
     assert float(spent.max()) <= 0.6
     assert float(spent.mean()) > 0.5
     free_layers = masks.layers[:, 1:]
@@ -92,9 +96,9 @@ def test_random_plans_spend_their_budget_on_every_axis(small, source):
 
 
 def test_random_plans_repeat_with_their_seed(small):
-    text, _, budgets = draw(small, 30, 4, low=0.7)
+    encoding, _, budgets = draw(small, 30, 4, low=0.7)
     plans = [
-        small.layout.flatten(random_plans(small, text, budgets, torch.Generator().manual_seed(seed)))
+        small.layout.flatten(random_plans(small, encoding, budgets, torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert torch.equal(plans[0], plans[1])
@@ -102,8 +106,6 @@ def test_random_plans_repeat_with_their_seed(small):
 
 
 def test_full_planner_keeps_everything(small, source):
-    from backbones import EncodingBank
-
     encoding = EncodingBank(small, source).gather([0, 1])
     planner = FullPlanner(small)
     assert small.layout.flatten(planner.plan(encoding, torch.ones(2))).all()

@@ -1,0 +1,403 @@
+"""A VLM that answers under a plan, whatever its family.
+
+Shape legend: B rows, N visual tokens, n of one image, T text tokens, P packed tokens, D hidden width, R rotary position
+components, V vocabulary, t new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from backbones.cost import Cost
+from backbones.decoder import KVCache, MaskedDecoder
+from backbones.encoding import EncodedImage, Encoding, Query
+from backbones.errors import InputError
+from backbones.family import Family
+from backbones.masks import MaskLayout, Masks
+from backbones.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the backbone said under a batch of plans.
+
+    Attributes:
+        texts: the answers, special tokens removed.
+        tokens: the generated ids of each answer, up to and without the end token.
+        log_likelihood: (B,) log-probability of each query's reference answer, if references were given.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    log_likelihood: Tensor | None = None
+
+
+class Backbone:
+    """A Hugging Face VLM, used in place and not changed, that answers under a plan.
+
+    Args:
+        family: the model and what is particular to its kind.
+        name: how the backbone is called in records.
+        heads: head slots per layer; default one for every key-value head. At most one for every query head: a
+            key-value head is dropped when all its query heads are.
+        width: ``"heads+mlp"``: a head slot takes its slice of the MLP with it; ``"heads"``: the MLP stays whole.
+        protected_layers: layers that always run in full.
+        expected_answer_tokens: answer length at which plans are priced.
+        max_visual_tokens: scale images so that none has more visual tokens; for families of dynamic resolution.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        name: str,
+        heads: int | None = None,
+        width: str = "heads+mlp",
+        protected_layers: Sequence[int] = (0,),
+        expected_answer_tokens: int = 1,
+        max_visual_tokens: int | None = None,
+    ):
+        self.family, self.name = family, name
+        self.model, self.processor = family.model, family.processor
+        if max_visual_tokens is not None:
+            family.limit_visual_tokens(max_visual_tokens)
+        text = self.model.config.text_config
+        self.decoder = MaskedDecoder(family.decoder, self.model.lm_head, heads or text.num_key_value_heads, width)
+        self.layout = MaskLayout(
+            family.most_visual_tokens, text.num_hidden_layers, self.decoder.slots, tuple(protected_layers)
+        )
+        self.hidden = text.hidden_size
+        self.expected_answer_tokens = expected_answer_tokens
+        self._prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
+        self._decode_ids = lru_cache(maxsize=65536)(self._detokenize)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
+    # Encoding
+
+    def encode(self, queries: Sequence[Query]) -> Encoding:
+        """Encode queries without a bank.
+
+        Raises:
+            InputError: a question longer than the model's context.
+        """
+        return self.assemble(
+            self.encode_images([query.image for query in queries]),
+            [query.question for query in queries],
+            [query.id for query in queries],
+            [query.answers for query in queries],
+        )
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
+        """Vision tower and projector, each image once."""
+        batch = self.family.process(images, [self.prompt("")] * len(images))
+        return self.read_batch(batch, self.family.features(batch))
+
+    def read_batch(self, batch: Any, features: Sequence[Tensor]) -> list[EncodedImage]:
+        """Encoded images from the processor's batch and their visual tokens (n, D)."""
+        before, after = self._prompt_ids("")
+        encoded = []
+        for row, visual_nD in enumerate(features):
+            ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+            span = ids[len(before) : len(ids) - len(after)]
+            is_image = span == self.model.config.image_token_id
+            if int(is_image.sum()) != len(visual_nD) or len(visual_nD) > self.layout.tokens:
+                raise InputError(
+                    f"an image has {len(visual_nD)} visual tokens, its prompt {int(is_image.sum())} places for them, "
+                    f"the layout {self.layout.tokens}; set max_visual_tokens, or check that processor and model match"
+                )
+            text_offsets = (~is_image).nonzero()[:, 0]
+            vision_flops, projector_flops = self.family.vision_flops(batch, row)
+            encoded.append(
+                EncodedImage(
+                    visual_nD,
+                    len(span),
+                    is_image.nonzero()[:, 0],
+                    tuple(span[text_offsets].tolist()),
+                    tuple(text_offsets.tolist()),
+                    self.family.grid(batch, row),
+                    vision_flops,
+                    projector_flops,
+                )
+            )
+        return encoded
+
+    def assemble(
+        self,
+        images: Sequence[EncodedImage],
+        questions: Sequence[str],
+        ids: list[str] | None = None,
+        answers: list[tuple[str, ...]] | None = None,
+        continuations: Sequence[list[int]] | None = None,
+    ) -> Encoding:
+        """Put encoded images and questions together into prompts.
+
+        Args:
+            images: the image of each question.
+            questions: B questions.
+            ids: the queries' ids.
+            answers: the queries' accepted answers.
+            continuations: ids that follow each prompt, for teacher forcing.
+
+        Raises:
+            InputError: a prompt longer than the model's context.
+        """
+        prompts = [self._prompt_ids(question) for question in questions]
+        more = continuations if continuations is not None else [[]] * len(prompts)
+        starts = [len(before) for before, _ in prompts]
+        rows = [
+            _lay_out_text(before, image, after + new)
+            for (before, after), image, new in zip(prompts, images, more, strict=True)
+        ]
+        longest = max(len(text_ids) for text_ids, _ in rows)
+        lengths = [len(text_ids) + len(image.visual_nD) for (text_ids, _), image in zip(rows, images, strict=True)]
+        if max(lengths) >= self.max_positions:
+            raise InputError(
+                f"a prompt has {max(lengths)} tokens with its image; the model's context has {self.max_positions} "
+                "positions: shorten the question"
+            )
+        device = images[0].visual_nD.device
+        counts_B = torch.tensor([len(image.visual_nD) for image in images])
+        text_counts_B = torch.tensor([len(text_ids) for text_ids, _ in rows])
+        ids_BT, places_BT = (
+            torch.tensor([values + [0] * (longest - len(values)) for values in column])
+            for column in zip(*rows, strict=True)
+        )
+        offsets_BN = pad_sequence([image.visual_offsets for image in images], batch_first=True)
+        visual_places_BN = self._to_layout(torch.tensor(starts)[:, None] + offsets_BN).to(device)
+        places_BT = places_BT.to(device)
+        rope_BSR = self._rope_positions(images, starts, lengths).to(device)
+        return Encoding(
+            visual_BND=self._to_layout(pad_sequence([image.visual_nD for image in images], batch_first=True)),
+            visual_valid_BN=(torch.arange(self.layout.tokens) < counts_B[:, None]).to(device),
+            visual_places_BN=visual_places_BN,
+            visual_rope_BNR=_pick(rope_BSR, visual_places_BN),
+            text_BTD=self.decoder.model.embed_tokens(ids_BT.to(device)),
+            text_valid_BT=(torch.arange(longest) < text_counts_B[:, None]).to(device),
+            text_places_BT=places_BT,
+            text_rope_BTR=_pick(rope_BSR, places_BT),
+            next_rope_B=rope_BSR.amax((1, 2)) + 1,
+            vision_flops_B=torch.tensor([image.vision_flops for image in images], device=device),
+            projector_flops_B=torch.tensor([image.projector_flops for image in images], device=device),
+            ids=ids or [],
+            answers=answers or [],
+        )
+
+    def _to_layout(self, values_Bn: Tensor) -> Tensor:
+        """Pad the second axis to the layout's N."""
+        missing = self.layout.tokens - values_Bn.shape[1]
+        return F.pad(values_Bn, (0, 0) * (values_Bn.dim() - 2) + (0, missing)) if missing else values_Bn
+
+    def _rope_positions(self, images: Sequence[EncodedImage], starts: list[int], lengths: list[int]) -> Tensor:
+        """Rotary position of every place of the unpruned sequences, (B, S, R), 0 where padded."""
+        if not self.family.rope_needs_grid:
+            places_S = torch.arange(max(lengths))
+            return (places_S * (places_S < torch.tensor(lengths)[:, None]))[..., None]
+        rows = []
+        for image, start, length in zip(images, starts, lengths, strict=True):
+            is_image_S = torch.zeros(length, dtype=torch.bool)
+            is_image_S[start + image.visual_offsets] = True
+            rows.append(self.family.rope(is_image_S, image.grid))
+        return pad_sequence(rows, batch_first=True)
+
+    def prompt(self, question: str) -> str:
+        """The chat template filled with one image and the question."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def _tokenize_prompt(self, question: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the image placeholder."""
+        ids = self.processor.tokenizer(self.prompt(question))["input_ids"]
+        image = self.model.config.image_token_id
+        if ids.count(image) != 1:
+            raise InputError(
+                f"the prompt for question {question!r} has {ids.count(image)} image placeholders; it must have one: "
+                "remove the image token from the question"
+            )
+        place = ids.index(image)
+        return ids[:place], ids[place + 1 :]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Ids of an answer's text as it follows the prompt, without an end token."""
+        return self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+    def _detokenize(self, ids: tuple[int, ...]) -> str:
+        return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    # Execution
+
+    def full(self, encoding: Encoding) -> Masks:
+        """The plan that keeps everything that is there."""
+        return self.restrict(encoding, self.layout.full(len(encoding), encoding.visual_BND.device))
+
+    def restrict(self, encoding: Encoding, masks: Masks) -> Masks:
+        """The plans without the visual tokens that an image does not have.
+
+        Raises:
+            InputError: masks of another layout or number of rows, or a plan without layers.
+        """
+        layout = self.layout
+        expected = (len(encoding), layout.tokens), (len(encoding), layout.layers, layout.heads)
+        if (tuple(masks.tokens.shape), tuple(masks.heads.shape)) != expected:
+            raise InputError(
+                f"the masks are for (queries, visual tokens) {tuple(masks.tokens.shape)} and (queries, layers, heads) "
+                f"{tuple(masks.heads.shape)}; here they must be {expected[0]} and {expected[1]}"
+            )
+        if not bool(masks.layers.any(1).all()):
+            row = int((~masks.layers.any(1)).nonzero()[0])
+            raise InputError(f"the plan at row {row} keeps no layer; a plan must keep at least one")
+        return replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
+
+    def pack(self, encoding: Encoding, masks: Masks) -> tuple[Tensor, Ragged, Tensor]:
+        """Gather the kept visual tokens and the text in sequence order.
+
+        Returns:
+            Embeddings (P, D), the rows' lengths, and each token's rotary position in the unpruned sequence (P, R).
+        """
+        x_BSD = torch.cat([encoding.visual_BND, encoding.text_BTD], dim=1)
+        keep_BS = torch.cat([masks.tokens, encoding.text_valid_BT], dim=1)
+        places_BS = torch.cat([encoding.visual_places_BN, encoding.text_places_BT], dim=1)
+        rope_BSR = torch.cat([encoding.visual_rope_BNR, encoding.text_rope_BTR], dim=1)
+        order_BS = places_BS.masked_fill(~keep_BS, torch.iinfo(torch.long).max).argsort(dim=1)
+        ragged = Ragged(keep_BS.sum(1).cpu(), x_BSD.device)
+        base_B = torch.arange(len(x_BSD), device=x_BSD.device) * x_BSD.shape[1]
+        index_P = (order_BS + base_B[:, None])[ragged.valid_within(x_BSD.shape[1])]
+        return x_BSD.flatten(0, 1)[index_P], ragged, rope_BSR.flatten(0, 1)[index_P]
+
+    def prefill(self, encoding: Encoding, masks: Masks, cache: bool = False) -> tuple[Tensor, KVCache | None]:
+        """Logits of the first answer token (B, V) under each row's plan; differentiable."""
+        masks = self.restrict(encoding, masks)
+        x_PD, ragged, rope_PR = self.pack(encoding, masks)
+        hidden_PD, kv = self.decoder.prefill(x_PD, ragged, rope_PR, masks, cache)
+        return self.model.lm_head(hidden_PD[ragged.last]), kv
+
+    @torch.no_grad()
+    def answer(
+        self,
+        encoding: Encoding,
+        masks: Masks,
+        max_new_tokens: int = 1,
+        references: Sequence[str] | None = None,
+    ) -> Answers:
+        """Answer greedily, each row under its own plan.
+
+        Args:
+            encoding: B queries.
+            masks: B plans.
+            max_new_tokens: answers are cut at this many tokens.
+            references: one answer a row whose log-likelihood is wanted, from the same prefill.
+        """
+        reference_ids = None if references is None else [self.answer_ids(reference) for reference in references]
+        longest = max((len(ids) for ids in reference_ids or []), default=0)
+        logits_BV, kv = self.prefill(encoding, masks, cache=max_new_tokens > 1 or longest > 1)
+        likelihood = None
+        if reference_ids is not None:
+            likelihood = self._score(logits_BV, reference_ids, encoding, kv)
+        tokens = self._generate(logits_BV, max_new_tokens, encoding, kv)
+        return Answers([self._decode_ids(tuple(ids)) for ids in tokens], tokens, likelihood)
+
+    def log_likelihood(self, encoding: Encoding, masks: Masks, answers: Sequence[str]) -> Tensor:
+        """Log-probability of each row's answer text under its plan, (B,) float32 (summed over its tokens)."""
+        result = self.answer(encoding, masks, max_new_tokens=1, references=answers).log_likelihood
+        assert result is not None
+        return result
+
+    def _score(self, logits_BV: Tensor, references: list[list[int]], encoding: Encoding, kv: KVCache | None) -> Tensor:
+        """Teacher-forced log-probability of the references, read off a fork of the cache."""
+        ids_Bt = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids, dtype=torch.long) for ids in references], batch_first=True
+        ).to(logits_BV.device)
+        counts = torch.tensor([len(ids) for ids in references], device=logits_BV.device)
+        if ids_Bt.shape[1] == 0:
+            return logits_BV.new_zeros(len(references))
+        steps = [logits_BV[:, None]]
+        if ids_Bt.shape[1] > 1:
+            assert kv is not None
+            steps.append(self._extend(ids_Bt[:, :-1], encoding.next_rope_B, kv.fork()))
+        log_probs = torch.cat(steps, dim=1).float().log_softmax(-1).gather(2, ids_Bt[..., None])[..., 0]
+        within = torch.arange(ids_Bt.shape[1], device=counts.device) < counts[:, None]
+        return (log_probs * within).sum(1)
+
+    def _extend(self, ids_Bt: Tensor, next_rope_B: Tensor, kv: KVCache) -> Tensor:
+        """Logits (B, t, V) after t more tokens a row, the first at rotary position ``next_rope_B``."""
+        steps = torch.arange(ids_Bt.shape[1], device=ids_Bt.device)
+        components = 3 if self.family.rope_needs_grid else 1
+        rope_BtR = (next_rope_B[:, None] + steps)[..., None].expand(-1, -1, components)
+        return self.model.lm_head(self.decoder.extend(self.decoder.model.embed_tokens(ids_Bt), rope_BtR, kv))
+
+    def _generate(
+        self, logits_BV: Tensor, max_new_tokens: int, encoding: Encoding, kv: KVCache | None
+    ) -> list[list[int]]:
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        answers: list[list[int]] = [[] for _ in range(len(logits_BV))]
+        open_rows = [True] * len(answers)
+        for step in range(max_new_tokens):
+            next_B = logits_BV.argmax(-1)
+            for row, token in enumerate(next_B.tolist()):
+                open_rows[row] = open_rows[row] and token not in ends
+                if open_rows[row]:
+                    answers[row].append(token)
+            if not any(open_rows) or step + 1 == max_new_tokens:
+                break
+            assert kv is not None
+            logits_BV = self._extend(next_B[:, None], encoding.next_rope_B + step, kv)[:, 0]
+        return answers
+
+    # Cost
+
+    def cost(
+        self, encoding: Encoding, masks: Masks, controller: int | Tensor = 0, new_tokens: int | Tensor | None = None
+    ) -> Cost:
+        """FLOPs of B plans, priced at the expected answer length unless ``new_tokens`` says what was spent.
+
+        Args:
+            encoding: B queries.
+            masks: B plans.
+            controller: FLOPs of the controller that chose each plan, one number or (B,).
+            new_tokens: answer tokens, one for all rows or (B,).
+        """
+        shape = self.decoder.shape
+        tokens_B = (masks.tokens & encoding.visual_valid_BN).sum(1) + encoding.text_tokens
+        answer = self.expected_answer_tokens if new_tokens is None else new_tokens
+        return Cost(
+            vision=encoding.vision_flops_B,
+            projector=encoding.projector_flops_B,
+            controller=torch.zeros_like(tokens_B) + controller,
+            prefill=shape.prefill(masks, tokens_B),
+            decode=shape.decode(masks, tokens_B, answer),
+        )
+
+    def full_llm_flops(self, encoding: Encoding) -> Tensor:
+        """(B,) FLOPs of the full plan's prefill and decode: what a budget of 1 is a share of."""
+        return self.cost(encoding, self.full(encoding)).llm
+
+
+def _lay_out_text(before: list[int], image: EncodedImage, after: list[int]) -> tuple[list[int], list[int]]:
+    """Ids of a prompt's text and their places in the unpruned sequence."""
+    start = len(before)
+    end = start + image.span
+    inner = [start + offset for offset in image.text_offsets]
+    return [*before, *image.text_ids, *after], [*range(start), *inner, *range(end, end + len(after))]
+
+
+def _pick(rope_BSR: Tensor, places_BX: Tensor) -> Tensor:
+    """Rotary positions (B, X, R) of some places of each row."""
+    return rope_BSR.gather(1, places_BX[..., None].expand(-1, -1, rope_BSR.shape[2]))

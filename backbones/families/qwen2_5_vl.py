@@ -1,0 +1,83 @@
+"""Qwen2.5-VL: dynamic resolution, window attention in the tower, M-RoPE, GQA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backbones.cost import mlp_flops
+from backbones.errors import InputError
+from backbones.family import Family
+
+
+class Qwen25VLFamily(Family):
+    """``Qwen2_5_VLForConditionalGeneration`` (arXiv 2502.13923)."""
+
+    model_types = ("qwen2_5_vl",)
+    rope_needs_grid = True
+
+    @property
+    def _merge(self) -> int:
+        return self.config.vision_config.spatial_merge_size
+
+    @property
+    def _token_pixels(self) -> int:
+        """Pixels behind one visual token."""
+        return (self.config.vision_config.patch_size * self._merge) ** 2
+
+    @property
+    def most_visual_tokens(self) -> int:
+        return self.processor.image_processor.size["longest_edge"] // self._token_pixels
+
+    def limit_visual_tokens(self, limit: int) -> None:
+        size = self.processor.image_processor.size
+        if limit * self._token_pixels < size["shortest_edge"]:
+            raise InputError(
+                f"max_visual_tokens is {limit}; the processor's least image already has "
+                f"{size['shortest_edge'] // self._token_pixels}"
+            )
+        size["longest_edge"] = min(size["longest_edge"], limit * self._token_pixels)
+
+    def process(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
+        return self.processor(images=list(images), text=list(prompts), return_tensors="pt", padding=True)
+
+    def features(self, batch: Any) -> list[Tensor]:
+        pixels = batch["pixel_values"].to(self.model.device, self.model.dtype)
+        grids = batch["image_grid_thw"].to(self.model.device)
+        outputs = self.model.model.get_image_features(pixels, grids, return_dict=True)
+        return list(outputs.pooler_output)
+
+    def grid(self, batch: Any, row: int) -> tuple[int, ...]:
+        return tuple(batch["image_grid_thw"][row].tolist())
+
+    def vision_flops(self, batch: Any, row: int) -> tuple[int, int]:
+        vision = self.config.vision_config
+        _, height, width = self.grid(batch, row)
+        n, d, m = height * width, vision.hidden_size, vision.intermediate_size
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        linear = 2 * n * (4 * d * d + 3 * d * m)
+        full = len(vision.fullatt_block_indexes)
+        attention = (
+            4 * d * (full * n * n + (vision.depth - full) * sum(size * size for size in self._windows(height, width)))
+        )
+        merged = d * self._merge**2
+        projector = mlp_flops(n // self._merge**2, merged, merged, vision.out_hidden_size)
+        return 2 * n * patch * d + vision.depth * linear + attention, projector
+
+    def _windows(self, height: int, width: int) -> list[int]:
+        """Patches in each attention window."""
+        vision = self.config.vision_config
+        side = vision.window_size // vision.patch_size // self._merge * self._merge
+        cuts = [[min(side, edge - start) for start in range(0, edge, side)] for edge in (height, width)]
+        return [rows * columns for rows in cuts[0] for columns in cuts[1]]
+
+    def rope(self, is_image_S: Tensor, grid: tuple[int, ...] | None) -> Tensor:
+        ids = torch.zeros(1, len(is_image_S), dtype=torch.long)
+        positions, _ = self.model.model.get_rope_index(
+            ids, mm_token_type_ids=is_image_S.int()[None], image_grid_thw=torch.tensor([grid])
+        )
+        return positions[:, 0].T
