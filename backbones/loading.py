@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.families import FAMILIES
+from backbones.processing import load_processor
 from backbones.tiny import TINY_FOLDER
 
 
@@ -37,8 +39,7 @@ def load_backbone(
     where: str | Path = folder if looks_local else name
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!s} is not there (no CUDA in this process); use device='cpu'")
+    _check_placement(dtype, device)
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
@@ -51,9 +52,20 @@ def load_backbone(
         )
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(where)
-    except (OSError, ValueError, RuntimeError) as error:
+        processor = load_processor(where)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {name!r} could not be loaded ({reason})") from error
     model.requires_grad_(False)
     return Backbone(family(model.to(device).eval(), processor), name, **options)
+
+
+def _check_placement(dtype: torch.dtype, device: torch.device | str) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype is {dtype!r}; it must be a torch dtype, such as torch.float32")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not one that torch knows; use 'cpu' or 'cuda'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!s} is not there (no CUDA in this process); use device='cpu'")

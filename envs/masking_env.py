@@ -22,7 +22,7 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
     **Observation.** A dict of ``budget`` (1,) in (0, 1] and the query: ``query`` (1,), its number in the bank, or with
     ``observation="features"`` ``visual`` (N, D), ``text`` (T, D) padded with zeros, and ``text_tokens`` (1,).
 
-    **Reward.** By default accuracy minus 0.1 x the share of the full plan's LLM FLOPs spent; see ``envs.rewards``.
+    **Reward.** By default accuracy minus 0.02 x the share of the full plan's LLM FLOPs spent; see ``envs.rewards``.
 
     **Episode.** One step, which terminates. ``info`` holds the raw terms: accuracy, log-likelihood, FLOPs by part,
     budget, kept tokens, heads and layers.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +12,17 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from backbones import Backbone, EncodingBank, load_backbone
+from backbones.families import FAMILIES
 from backbones.families.llava import LlavaFamily
 from backbones.tiny import build_tiny
 from envs.queries import DatasetQueries
+from tests.families import BUILDERS, build_family
 
+SHAPES = ((16, 16), (20, 44), (40, 30), (64, 20))
 WORDS = ["what color is the shape ?", "is there a red circle in the image ?", "yes no red green blue circle"]
 
 
-def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, **options) -> Backbone:
+def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, slots: int | None = None, **options) -> Backbone:
     """A random-weight LLaVA of 16 visual tokens, 3 layers and ``heads`` heads, in evaluation mode."""
     torch.manual_seed(seed)
     model, processor = build_tiny(
@@ -35,17 +40,31 @@ def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, **options)
     for parameter in model.parameters():  # larger weights, so that every part matters to the logits
         parameter.data.mul_(1.5)
     model.requires_grad_(False)
-    return Backbone(LlavaFamily(model, processor), "test", **options)
+    return Backbone(LlavaFamily(model, processor), "test", heads=slots, **options)
 
 
-@pytest.fixture(scope="session", params=["mha", "gqa", "heads-only"])
+def build_of(name: str, **options) -> Backbone:
+    """A backbone of a tiny model of one family."""
+    model, processor = build_family(name)
+    return Backbone(FAMILIES[model.config.model_type](model, processor), name, **options)
+
+
+KINDS = {
+    "mha": build,
+    "gqa": partial(build, heads=8, kv_heads=4),
+    "heads-only": partial(build, width="heads", protected_layers=()),
+    "coarse": partial(build, heads=8, slots=2),
+    "fine": partial(build, heads=8, kv_heads=2, slots=8),
+    "fine-heads-only": partial(build, heads=8, kv_heads=2, slots=4, width="heads"),
+    **{name: partial(build_of, name) for name in BUILDERS},
+}
+
+
+@pytest.fixture(scope="session", params=KINDS)
 def backbone(request) -> Backbone:
-    """Every kind of slot: plain heads, grouped key-value heads, and an MLP that ignores the slots."""
-    if request.param == "mha":
-        return build()
-    if request.param == "gqa":
-        return build(heads=8, kv_heads=4)
-    return build(width="heads", protected_layers=())
+    """Every kind of slot (a head, a group on one key-value head, several heads, part of a group, without the MLP), and
+    every family."""
+    return KINDS[request.param]()
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +78,11 @@ def tiny() -> Backbone:
     return load_backbone("tiny")
 
 
-def make_dataset(count: int = 12, size: int = 16, seed: int = 0) -> Dataset:
+def make_dataset(count: int = 12, seed: int = 0) -> Dataset:
+    """Noise images of several shapes, two questions each."""
     rng = np.random.default_rng(seed)
-    images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range((count + 1) // 2)]
+    shapes = [SHAPES[number % len(SHAPES)] for number in range((count + 1) // 2)]
+    images = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
     questions = ["what color is the shape?", "is there a red circle in the image?"]
     answers = ["red", "yes", "blue", "no"]
     rows = {

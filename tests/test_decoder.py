@@ -11,43 +11,40 @@ from tests.masked_reference import masked_logits
 ROWS = list(range(8))
 
 
-def hugging_face_inputs(backbone, source, rows, side):
-    return backbone.processor(
-        images=[source[row].image for row in rows],
-        text=[backbone.prompt(source[row].question) for row in rows],
-        return_tensors="pt",
-        padding=True,
-        padding_side=side,
-    )
+def hugging_face_inputs(backbone, query):
+    return backbone.family.process([query.image], [backbone.prompt(query.question)])
 
 
 def test_full_plan_gives_hugging_faces_logits(backbone, bank, source):
+    encoding = bank.gather(ROWS)
     with torch.no_grad():
-        inputs = hugging_face_inputs(backbone, source, ROWS, "right")
-        last = inputs["attention_mask"].sum(1) - 1
-        expected = backbone.model(**inputs).logits[torch.arange(len(ROWS)), last]
-        logits, _ = backbone.prefill(bank.gather(ROWS), backbone.layout.full(len(ROWS)))
-    assert torch.allclose(logits, expected, atol=1e-5, rtol=0)
+        logits, _ = backbone.prefill(encoding, backbone.full(encoding))
+        for row in ROWS:
+            expected = backbone.model(**hugging_face_inputs(backbone, source[row])).logits[0, -1]
+            assert torch.allclose(logits[row], expected, atol=1e-5, rtol=0)
 
 
 def test_full_plan_generates_hugging_faces_text(backbone, bank, source):
-    inputs = hugging_face_inputs(backbone, source, ROWS, "left")
-    generated = backbone.model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    new = generated[:, inputs["input_ids"].shape[1] :].tolist()
     ends = backbone.processor.tokenizer.eos_token_id
-    expected = [row[: row.index(ends)] if ends in row else row for row in new]
-    answers = backbone.answer(bank.gather(ROWS), backbone.layout.full(len(ROWS)), max_new_tokens=12)
+    expected = []
+    for row in ROWS:
+        inputs = hugging_face_inputs(backbone, source[row])
+        generated = backbone.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+        new = generated[inputs["input_ids"].shape[1] :].tolist()
+        expected.append(new[: new.index(ends)] if ends in new else new)
+    encoding = bank.gather(ROWS)
+    answers = backbone.answer(encoding, backbone.full(encoding), max_new_tokens=12)
     assert answers.tokens == expected
     assert max(map(len, expected)) > 3, "the model ends at once, so this would not test the cache"
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
 def test_removing_is_masking(backbone, bank, keep):
-    encoding = bank.gather([row % 12 for row in range(24)])
-    masks = random_masks(backbone, 24, seed=int(10 * keep), keep=keep)
+    encoding = bank.gather([row % 12 for row in range(72)])
+    masks = random_masks(backbone, 72, seed=int(10 * keep), keep=keep)
     with torch.no_grad():
         logits, _ = backbone.prefill(encoding, masks)
-        for row in range(24):
+        for row in range(72):
             assert torch.allclose(logits[row], masked_logits(backbone, encoding, masks, row), atol=1e-4, rtol=0)
 
 
@@ -58,7 +55,7 @@ def test_a_plan_changes_the_logits(backbone, bank):
         full, _ = backbone.prefill(encoding, backbone.layout.full())
         for axis in ("tokens", "heads", "layers"):
             masks = backbone.layout.full()
-            getattr(masks, axis)[:, -1:] = False
+            getattr(masks, axis)[:, 1:] = False
             assert (backbone.prefill(encoding, masks)[0] - full).abs().max() > 1e-3
 
 
@@ -138,16 +135,17 @@ def test_gradients_reach_the_kept_parts_and_no_other(bank, backbone):
         backbone.model.requires_grad_(False)
 
 
+@pytest.mark.parametrize("slots_per_group", [1, 2])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_blocks_cover_every_kept_pair_once(rows):
+def test_blocks_cover_every_kept_pair_once_and_no_group_twice(rows, slots_per_group):
     heads = torch.rand(rows, 4, generator=torch.Generator().manual_seed(rows)) < 0.5
-    covered = torch.zeros(rows, 4, dtype=torch.long)
-    blocks = cut_blocks(heads)
-    for block in blocks:
+    pairs, groups = torch.zeros(rows, 4, dtype=torch.long), torch.zeros(rows, 4 // slots_per_group, dtype=torch.long)
+    for block in cut_blocks(heads, slots_per_group):
         chosen = torch.arange(rows) if block.rows is None else block.rows
-        covered[chosen[:, None], torch.tensor(block.slots)] += 1
-    assert torch.equal(covered, heads.long())
-    assert len(blocks) <= 4
+        pairs[chosen[:, None], torch.tensor(block.slots)] += 1
+        groups[chosen[:, None], torch.tensor(sorted({slot // slots_per_group for slot in block.slots}))] += 1
+    assert torch.equal(pairs, heads.long())
+    assert torch.equal(groups, heads.unflatten(1, (-1, slots_per_group)).any(2).long())
 
 
 def test_slots_and_width_are_checked(small):

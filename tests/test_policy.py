@@ -71,21 +71,21 @@ def log_probs(decider, encoding, budget, bits):
 
 def test_joint_probabilities_sum_to_one_over_all_actions(smallest):
     decider = decider_of(smallest)
-    encoding = EncodingBank(smallest, source_of(8)).gather([0])
+    encoding = EncodingBank(smallest, some_queries()).gather([0])
     total = log_probs(decider, encoding, 0.6, every_action(smallest.layout)).exp().sum()
     assert float(total) == pytest.approx(1, abs=1e-5)
 
 
-def source_of(size):
+def some_queries():
     from envs.queries import DatasetQueries
 
-    return DatasetQueries(make_dataset(4, size=size), "made", "train")
+    return DatasetQueries(make_dataset(4), "made", "train")
 
 
 def test_sampled_frequencies_match_the_joint_probabilities(smallest):
     decider = decider_of(smallest)
     draws = 40_000
-    encoding = EncodingBank(smallest, source_of(8)).gather([0]).rows(torch.zeros(draws, dtype=torch.long))
+    encoding = EncodingBank(smallest, some_queries()).gather([0]).rows(torch.zeros(draws, dtype=torch.long))
     budgets = torch.full((draws,), 0.6)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_sampled_frequencies_match_the_joint_probabilities(smallest):
 
 def test_second_level_is_conditioned_on_the_first(smallest):
     decider = decider_of(smallest)
-    encoding = EncodingBank(smallest, source_of(8)).gather([0, 0])
+    encoding = EncodingBank(smallest, some_queries()).gather([0, 0])
     budgets = torch.full((2,), 0.6)
     bits = torch.ones(2, smallest.layout.size, dtype=torch.bool)
     bits[1, :3] = False
@@ -114,7 +114,7 @@ def test_second_level_is_conditioned_on_the_first(smallest):
 
 def test_entropy_of_a_level_against_enumeration(smallest):
     decider = decider_of(smallest)
-    encoding = EncodingBank(smallest, source_of(8)).gather([0])
+    encoding = EncodingBank(smallest, some_queries()).gather([0])
     budgets = torch.tensor([0.6])
     with torch.no_grad():
         reading = decider.read(encoding, budgets)

@@ -20,7 +20,7 @@ TERMS = RewardTerms(
     ("reward", "expected"),
     [
         ("accuracy", [1, 0, 1]),
-        ("accuracy-flops", [0.95, -0.075, 0.98]),
+        ("accuracy-flops", [0.99, -0.015, 0.996]),
         ("budget-hinge", [1, -1, 1]),
         ("overspend", [0, 0.5, 0]),
         ("log-likelihood", [-0.1, -5, -0.5]),

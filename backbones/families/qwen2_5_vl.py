@@ -43,7 +43,14 @@ class Qwen25VLFamily(Family):
         size["longest_edge"] = min(size["longest_edge"], limit * self._token_pixels)
 
     def process(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Any:
-        return self.processor(images=list(images), text=list(prompts), return_tensors="pt", padding=True)
+        """Made from image processor and tokenizer alone: the whole processor needs torchvision, for its videos."""
+        batch = dict(self.processor.image_processor(images=list(images), return_tensors="pt"))
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        counts = (batch["image_grid_thw"].prod(1) // self._merge**2).tolist()
+        texts = [prompt.replace(token, token * count) for prompt, count in zip(prompts, counts, strict=True)]
+        batch |= self.processor.tokenizer(texts, return_tensors="pt", padding=True)
+        batch["mm_token_type_ids"] = (batch["input_ids"] == self.config.image_token_id).int()
+        return batch
 
     def features(self, batch: Any) -> list[Tensor]:
         pixels = batch["pixel_values"].to(self.model.device, self.model.dtype)
