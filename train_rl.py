@@ -44,12 +44,13 @@ class RLConfig:
     """Which VLM answers: `tiny` (embedded, nothing to download), a folder, or a hub id."""
     data: str = "easy-vqa"
     """Queries: a name, or a path with the columns image, question, answers."""
-    reward: tuple[str, ...] = ("accuracy-flops",)
+    reward: tuple[str, ...] = ("accuracy-flops", "0.3*log-likelihood")
     """A reward's name, or your own function as `package.module:function`; several are summed, each with an optional
-    weight: `accuracy -0.3*flops 0.1*my_rewards:shape`."""
+    weight: `accuracy -0.3*flops 0.1*my_rewards:shape`. The default adds a dense term, the log-likelihood of the right
+    answer, to accuracy minus FLOPs: it tells two right answers, or two wrong ones, apart."""
     budgets: tuple[float, float] = (0.2, 1.0)
     """Each training query's budget is uniform between these shares of the full plan's LLM FLOPs."""
-    total_queries: int = 100_000
+    total_queries: int = 60_000
     """Plans to answer in training (rounded up to whole rollouts)."""
     seed: int = 0
     """Of the controller's weights, the queries, the budgets and the plans."""
@@ -76,7 +77,7 @@ class RLConfig:
     """Weight of the mean entropy per decision."""
     width: int = 48
     """Width of the controller."""
-    validate_every: int = 20_000
+    validate_every: int = 10_000
     """Answered plans between validations."""
     validate_queries: int = 500
     """Queries in a validation."""

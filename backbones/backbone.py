@@ -330,12 +330,12 @@ class Backbone:
         steps = [logits_BV[:, None]]
         if ids_Bt.shape[1] > 1:
             assert kv is not None
-            steps.append(self._extend(ids_Bt[:, :-1], encoding.next_rope_B, kv.fork()))
+            steps.append(self.extend(ids_Bt[:, :-1], encoding.next_rope_B, kv.fork()))
         log_probs = torch.cat(steps, dim=1).float().log_softmax(-1).gather(2, ids_Bt[..., None])[..., 0]
         within = torch.arange(ids_Bt.shape[1], device=counts.device) < counts[:, None]
         return (log_probs * within).sum(1)
 
-    def _extend(self, ids_Bt: Tensor, next_rope_B: Tensor, kv: KVCache) -> Tensor:
+    def extend(self, ids_Bt: Tensor, next_rope_B: Tensor, kv: KVCache) -> Tensor:
         """Logits (B, t, V) after t more tokens a row, the first at rotary position ``next_rope_B``."""
         steps = torch.arange(ids_Bt.shape[1], device=ids_Bt.device)
         components = 3 if self.family.rope_needs_grid else 1
@@ -358,7 +358,7 @@ class Backbone:
             if not any(open_rows) or step + 1 == max_new_tokens:
                 break
             assert kv is not None
-            logits_BV = self._extend(next_B[:, None], encoding.next_rope_B + step, kv)[:, 0]
+            logits_BV = self.extend(next_B[:, None], encoding.next_rope_B + step, kv)[:, 0]
         return answers
 
     # Cost

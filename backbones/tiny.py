@@ -68,6 +68,7 @@ def build_tiny(
     heads: int = 4,
     kv_heads: int | None = None,
     intermediate: int = 256,
+    positions: int = 256,
     vision_hidden: int = 96,
     vision_layers: int = 3,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -82,6 +83,7 @@ def build_tiny(
         heads: attention heads of a decoder layer.
         kv_heads: key-value heads of a decoder layer; as many as heads by default.
         intermediate: width of the decoder's MLP.
+        positions: longest sequence, visual tokens included.
         vision_hidden: width of the CLIP tower.
         vision_layers: layers of the CLIP tower.
     """
@@ -103,7 +105,7 @@ def build_tiny(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

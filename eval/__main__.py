@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -68,11 +68,13 @@ class Bench:
     """Which VLM."""
     data: str = "easy-vqa"
     """Queries to measure on."""
+    parts: tuple[Literal["env", "engine"], ...] = ("env", "engine")
+    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-1.5-like shape."""
     json: Path | None = None
     """Also write the figures there."""
 
     def run(self) -> None:
-        entries = bench(self.backbone, self.data)
+        entries = bench(self.backbone, self.data, self.parts)
         print(bench_table(entries))
         write_json(self.json, entries)
 

@@ -1,50 +1,41 @@
-"""Every speed claim, as a ratio within one run."""
+"""Every speed claim, as a ratio within one run; ``python -m eval bench`` prints them beside their goals."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from backbones import EncodingBank, load_backbone
-from backbones.backbone import Backbone
+from backbones import Backbone, EncodingBank, load_backbone
 from envs import MaskingCore, MaskingVecEnv, load_queries
+from eval.bench_engine import bench_engine
+from eval.latency import interleaved
 from policies.baselines import random_plans
-
-GOALS = {
-    "env_over_forward": 0.9,
-    "env_over_single": 5.0,
-}
-"""The goals that figures are compared with."""
 
 Entry = dict[str, Any]
 
-
-def interleaved(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each side, the sides taken in turn so that a busy machine slows all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for function in sides.values():
-        function()
-    for _ in tqdm(range(repeats), desc=" / ".join(sides), leave=False):
-        for name, function in sides.items():
-            began = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+GOALS: dict[str, tuple[str, float]] = {
+    "env_over_forward": ("higher", 0.9),
+    "env_over_single": ("higher", 5.0),
+    "full_plan_overhead": ("lower", 1.03),
+    **{f"speedup_over_cut_{axis}_50": ("higher", 0.9) for axis in ("tokens", "layers", "heads", "all")},
+    **{f"speedup_over_cut_{axis}_25": ("higher", 0.8) for axis in ("tokens", "layers", "heads", "all")},
+    "speedup_over_cut_mixed_batch": ("higher", 0.7),
+    "tpot_half_layers": ("lower", 0.6),
+}
+"""The goals that figures are compared with: which way is better, and the goal."""
 
 
 def entry(name: str, value: float, setting: str) -> Entry:
-    return {"name": name, "value": round(value, 3), "goal": GOALS.get(name), "better": "higher", "setting": setting}
+    """One figure; without a stated goal, higher is called better and the goal is null."""
+    better, goal = GOALS.get(name, ("higher", None))
+    return {"name": name, "value": round(value, 3), "goal": goal, "better": better, "setting": setting}
 
 
 def bench_environment(backbone: Backbone, data: str, rows: int = 256, repeats: int = 15) -> list[Entry]:
     """Environment steps against the bare batched forward on the same queries and plans, and against one at a time."""
-    source = load_queries(data, "validation", 2000)
-    core = MaskingCore(backbone, source)
+    core = MaskingCore(backbone, load_queries(data, "validation", 2000))
     venv = MaskingVecEnv(core, rows)
     venv.seed(0)
     venv.reset()
@@ -70,19 +61,23 @@ def bench_environment(backbone: Backbone, data: str, rows: int = 256, repeats: i
         for row in range(single):
             core.step(numbers[row : row + 1], share[row : row + 1], actions[row : row + 1])
 
-    seconds = interleaved({"forward": forward, "environment": step, "one at a time": one_at_a_time}, repeats)
-    setting = (
-        f"{backbone.name}, {data}, {rows} rows, random plans at budgets 0.2 to 1, {torch.get_num_threads()} threads"
-    )
+    sides = {"forward": forward, "environment": step, "one at a time": one_at_a_time}
+    seconds = interleaved(sides, repeats, backbone.device)
+    threads = torch.get_num_threads()
+    setting = f"{backbone.name}, {data}, {rows} rows, random plans at budgets 0.2 to 1, {threads} threads"
+    per_query = {"alone": seconds["one at a time"] / single, "batched": seconds["environment"] / rows}
     return [
         entry("env_over_forward", seconds["forward"] / seconds["environment"], setting),
-        entry("env_over_single", (seconds["one at a time"] / single) / (seconds["environment"] / rows), setting),
+        entry("env_over_single", per_query["alone"] / per_query["batched"], setting),
     ]
 
 
-def bench(backbone: str = "tiny", data: str = "easy-vqa") -> list[Entry]:
-    """All figures."""
-    return bench_environment(load_backbone(backbone), data)
+def bench(backbone: str = "tiny", data: str = "easy-vqa", parts: tuple[str, ...] = ("env", "engine")) -> list[Entry]:
+    """All figures of the parts asked for."""
+    entries = bench_environment(load_backbone(backbone), data) if "env" in parts else []
+    if "engine" in parts:
+        entries += [entry(*figure) for figure in bench_engine()]
+    return entries
 
 
 def bench_table(entries: list[Entry]) -> str:

@@ -51,7 +51,7 @@ def test_decode_steps(backbone, bank, seed):
     def decode(steps: int) -> None:
         _, kv = backbone.prefill(encoding, masks, cache=True)
         for step in range(steps):
-            backbone._extend(ids[step][None], encoding.next_rope_B + step, kv)
+            backbone.extend(ids[step][None], encoding.next_rope_B + step, kv)
 
     for new_tokens in (1, 2, 4):
         cost = backbone.cost(encoding, masks, new_tokens=new_tokens)

@@ -86,8 +86,8 @@ def test_cached_decoding_equals_recomputing(backbone, bank):
     with torch.no_grad():
         _, kv = backbone.prefill(encoding, masks, cache=True)
         steps = [
-            backbone._extend(more[:, :2], encoding.next_rope_B, kv),
-            *(backbone._extend(more[:, [step]], encoding.next_rope_B + step, kv) for step in (2, 3, 4)),
+            backbone.extend(more[:, :2], encoding.next_rope_B, kv),
+            *(backbone.extend(more[:, [step]], encoding.next_rope_B + step, kv) for step in (2, 3, 4)),
         ]
         cached = torch.cat(steps, dim=1)
         questions = [bank.source.text(number)[1] for number in numbers]
