@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones import Backbone, EncodingBank
+from backbones import Backbone, EncodingBank, InputError
 from backbones.encoding import EncodedImage, Encoding
 from backbones.families.llava import LlavaFamily
 from backbones.masks import Masks
@@ -35,6 +35,7 @@ from eval import cli
 from eval.evaluate import evaluate
 from eval.runs import RunFolder
 from policies.baselines import FullPlanner, RandomPlanner, random_plans
+from policies.checkpoints import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 
 
 @dataclasses.dataclass
@@ -49,9 +50,9 @@ class BackboneConfig:
     """Optimiser steps of the vision tower alone, before the rest."""
     vision_images: int = 128
     """Images in each of them."""
-    steps: int = 1600
+    steps: int = 1000
     """Optimiser steps of the whole model."""
-    plain_share: float = 0.4
+    plain_share: float = 0.75
     """Share of the steps before random plans join."""
     images: int = 96
     """Images a step; half as many once random plans join, since every query then runs twice."""
@@ -65,7 +66,7 @@ class BackboneConfig:
     """Random plans' budgets are uniform between these."""
     seed: int = 0
     """Of weights, batches, augmentation and plans."""
-    validate_every: int = 200
+    validate_every: int = 125
     """Steps between validations and checkpoints."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
@@ -198,52 +199,73 @@ def learning_rate(config: BackboneConfig, step: int) -> float:
     return config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
+def build(config: BackboneConfig, train: DatasetQueries) -> Backbone:
+    """The embedded architecture with random weights; its vocabulary is the words of the training split."""
+    torch.manual_seed(config.seed)
+    texts = [text for number in range(len(train)) for text in (train.text(number)[1], *train.text(number)[2])]
+    return Backbone(LlavaFamily(*build_tiny(texts)), "tiny")
+
+
+def train_step(
+    config: BackboneConfig, backbone: Backbone, batches: Batches, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, float]:
+    """One optimiser step; returns the parts of the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    elastic = step >= config.plain_share * config.steps
+    pixels, numbers = batches.draw(step, config.images // (1 + elastic), config.questions)
+    plan = partial(elastic_plans, config, backbone, step) if elastic else None
+    backbone.model.train()
+    parts = losses(backbone, batches, pixels, numbers, plan)
+    total = torch.stack(list(parts.values())).sum()
+    if not torch.isfinite(total):
+        raise InputError(
+            f"the loss is {total.item()} at step {step}; lower --learning-rate (now {config.learning_rate:g})"
+        )
+    optimizer.zero_grad()
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(backbone.model.parameters(), 1.0)
+    optimizer.step()
+    backbone.model.eval()
+    return {name: part.item() for name, part in parts.items()}
+
+
+def save(folder: RunFolder, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    save_checkpoint(folder.checkpoints, step, {**tensors, **optimizer_tensors(optimizer)}, {"step": step}, keep=1)
+
+
+def restore(folder: RunFolder, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Continue from the run's checkpoint, if it has one; returns the next step."""
+    loaded = load_checkpoint(folder.checkpoints)
+    if loaded is None:
+        return 0
+    tensors, state = loaded
+    model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
+    restore_optimizer(optimizer, tensors)
+    return state["step"]
+
+
 def main() -> None:
     config = cli.parse(BackboneConfig)
     folder = RunFolder.create(config.out, config, config.resume)
-    torch.manual_seed(config.seed)
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
-    texts = [text for number in range(len(train)) for text in (train.text(number)[1], *train.text(number)[2])]
-    model, processor = build_tiny(texts)
-    backbone = Backbone(LlavaFamily(model, processor), "tiny")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    checkpoint = folder.checkpoints / "last.pt"
-    start = 0
-    if config.resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    backbone = build(config, train)
+    optimizer = torch.optim.AdamW(backbone.model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    start = restore(folder, backbone.model, optimizer) if config.resume else 0
     batches = Batches(train, backbone, config.seed)
     began = time.time()
     if start == 0:
         folder.log(vision_loss=round(train_vision(config, backbone, batches), 5), seconds=round(time.time() - began, 1))
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, desc="train", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        elastic = step >= config.plain_share * config.steps
-        pixels, numbers = batches.draw(step, config.images // (1 + elastic), config.questions)
-        plan = partial(elastic_plans, config, backbone, step) if elastic else None
-        model.train()
-        parts = losses(backbone, batches, pixels, numbers, plan)
-        total = torch.stack(list(parts.values())).sum()
-        if not torch.isfinite(total):
-            raise RuntimeError(f"loss is {float(total)} at step {step}; the last checkpoint is {checkpoint}")
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        parts = train_step(config, backbone, batches, optimizer, step)
         if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
-            model.eval()
-            measured = {name: round(part.item(), 4) for name, part in parts.items()}
-            folder.log(
-                step=step + 1, seconds=round(time.time() - began, 1), **measured, **validate(backbone, validation)
-            )
+            measured = {name: round(part, 4) for name, part in parts.items()} | validate(backbone, validation)
+            folder.log(step=step + 1, seconds=round(time.time() - began, 1), **measured)
             tqdm.write(str(folder.metrics()[-1]))
-            folder.checkpoints.mkdir(exist_ok=True)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
-    model.save_pretrained(folder.path / "model")
-    processor.save_pretrained(folder.path / "model")
+            save(folder, backbone.model, optimizer, step + 1)
+    backbone.model.save_pretrained(folder.path / "model")
+    backbone.processor.save_pretrained(folder.path / "model")
 
 
 def validate(backbone: Backbone, queries: DatasetQueries, limit: int = 1000) -> dict[str, float]:

@@ -68,7 +68,7 @@ class DecoderShape:
             masks: B plans.
             n: (B,) tokens of each prompt, text and visual, that the plans keep.
         """
-        per_token, per_pair = self._layer_terms(masks)
+        per_token, per_pair = self.layer_terms(masks)
         return n * per_token + n * n * per_pair + 2 * self.hidden * self.vocab
 
     def decode(self, masks: Masks, n: Tensor, new_tokens: int | Tensor) -> Tensor:
@@ -78,11 +78,11 @@ class DecoderShape:
         Step t attends to the prompt and to t tokens of the answer.
         """
         steps = (torch.as_tensor(new_tokens, device=n.device) - 1).clamp_min(0).expand_as(n)
-        per_token, per_pair = self._layer_terms(masks)
+        per_token, per_pair = self.layer_terms(masks)
         attended = steps * n + steps * (steps + 1) // 2
         return steps * (per_token + 2 * self.hidden * self.vocab) + attended * per_pair
 
-    def _layer_terms(self, masks: Masks) -> tuple[Tensor, Tensor]:
+    def layer_terms(self, masks: Masks) -> tuple[Tensor, Tensor]:
         """Summed over layers: FLOPs per token, and per (query token, key token) pair; each (B,)."""
         heads_BLH = masks.effective_heads
         kept = heads_BLH.sum(1)  # (B, H) layers in which each slot is computed

@@ -5,17 +5,20 @@ Warm-up first, clocks read only after the device has finished, medians and 95th 
 
 from __future__ import annotations
 
+import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from backbones.backbone import Backbone
 from backbones.encoding import Query
-from policies.baselines import Planner
+from backbones.latency_model import LatencyModel, plan_features
+from policies.baselines import Planner, random_plans
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,38 @@ def measure(
             parts["ttft"].append(clock[3] - clock[0])
             parts["tpot"].append((clock[4] - clock[3]) / new_tokens)
     return Latency(**{name: Spread.of(values) for name, values in parts.items()}, peak_memory_bytes=_peak(device))
+
+
+def calibrate(backbone: Backbone, queries: Sequence[Query], plans: int = 48, repeats: int = 7) -> LatencyModel:
+    """Fit a latency model on random plans of single queries.
+
+    Args:
+        backbone: measured.
+        queries: drawn from, one a plan.
+        plans: how many plans to measure; each fourth is held out to state the error.
+        repeats: measurements a plan, taken in rounds over all plans; their median counts.
+    """
+    encoding = backbone.encode([queries[number % len(queries)] for number in range(plans)])
+    budgets_B = torch.linspace(0.1, 1.0, plans, dtype=torch.float64)[torch.randperm(plans)]
+    masks = random_plans(backbone, encoding, budgets_B, torch.Generator().manual_seed(0))
+    rows = [encoding.rows(torch.tensor([row])) for row in range(plans)]
+
+    def prefill(row: int) -> None:
+        with torch.no_grad():
+            backbone.prefill(rows[row], masks[row : row + 1])
+
+    seconds = interleaved({str(row): partial(prefill, row) for row in range(plans)}, repeats, backbone.device)
+    features_BF = plan_features(backbone, encoding, masks).cpu().numpy()
+    return LatencyModel.fit(
+        device_name(backbone.device), backbone.name, features_BF, 1000 * np.array([*seconds.values()])
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person would name it, with its threads on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _now(device: torch.device) -> float:

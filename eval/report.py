@@ -46,10 +46,12 @@ def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
         own = sorted((record for record in records if record["policy"] == policy), key=lambda r: r["llm_flops_ratio"])
         x = [100 * record["llm_flops_ratio"] for record in own]
         y = [100 * record["accuracy"] for record in own]
+        errors = [196 * record["accuracy_stderr"] for record in own]
         if len(own) == 1:
             axes.axhline(y[0], color="0.5", linestyle="--", linewidth=1, zorder=0)
-        errors = [196 * record["accuracy_stderr"] for record in own]
-        axes.errorbar(x, y, errors, marker="o", capsize=3, label=policy, color="0.4" if len(own) == 1 else None)
+            axes.errorbar(x, y, errors, marker="*", markersize=12, capsize=3, label=policy, color="0.2", zorder=5)
+        else:
+            axes.errorbar(x, y, errors, marker="o", capsize=3, label=policy)
     first = records[0]
     axes.set(xlabel="LLM FLOPs spent (% of the full plan, controller included)", ylabel="accuracy (%)")
     axes.set_title(f"{first['backbone']} on {first['data']} ({first['split']}, n = {first['n']:,})")

@@ -1,0 +1,94 @@
+"""Times are not tested, their arithmetic is: what is measured, fitted and projected."""
+
+import numpy as np
+import pytest
+import torch
+
+from backbones import InputError
+from backbones.latency_model import FEATURES, LatencyModel, plan_features
+from eval.bench_engine import encode_noise, llava_like, plan_at
+from eval.latency import Spread, calibrate, measure
+from policies.baselines import RandomPlanner
+from policies.projection import project_to_milliseconds
+from tests.conftest import random_masks
+
+
+def test_measure_reports_every_part(small, source):
+    latency = measure(small, RandomPlanner(small), [source[0], source[1]], 0.6, new_tokens=2, repeats=3, warm_up=1)
+    for part in ("encode", "controller", "prefill", "ttft", "tpot"):
+        spread = getattr(latency, part)
+        assert 0 < spread.p50 <= spread.p95
+    assert latency.ttft.p95 >= max(latency.encode.p50, latency.prefill.p50)
+    assert latency.peak_memory_bytes > 0
+    assert Spread.of([0.001, 0.002, 0.003]).p50 == pytest.approx(2)
+
+
+def test_features_by_hand(small, source):
+    encoding, masks = small.encode([source[0]]), small.layout.full()
+    masks.layers[0, 2] = False
+    masks.heads[0, 1, :2] = False
+    masks.tokens[0, 5:] = False
+    features = dict(zip(FEATURES, plan_features(small, encoding, masks)[0].tolist(), strict=True))
+    cost = small.cost(encoding, masks).prefill - 2 * 32 * small.decoder.shape.vocab
+    assert features["one call"] == 1 and features["layers run"] == 2
+    slot = 4 * 32 * 8 + 3 * 32 * 11
+    assert features["weights read"] == pytest.approx(6 * slot / 1e6)
+    assert features["linear FLOPs"] + features["attention FLOPs"] == pytest.approx(float(cost) / 1e9)
+
+
+def known_model(backbone):
+    return LatencyModel("here", backbone.name, (0.5, 0.2, 1.0, 30.0, 50.0), 0.0)
+
+
+def test_fit_finds_a_known_model(small, source):
+    rng = np.random.default_rng(0)
+    encoding = small.encode([source[number % 12] for number in range(60)])
+    masks = random_masks(small, 60, seed=1)
+    truth = known_model(small)
+    milliseconds = truth.predict(small, encoding, masks).numpy() * rng.normal(1, 0.005, 60)
+    fitted = LatencyModel.fit("here", "test", plan_features(small, encoding, masks).numpy(), milliseconds)
+    assert fitted.error < 0.01
+    predicted = fitted.predict(small, encoding, masks).numpy()
+    assert np.abs(predicted / milliseconds - 1).max() < 0.05
+    shuffled = LatencyModel.fit(
+        "here", "test", plan_features(small, encoding, masks).numpy(), rng.permutation(milliseconds)
+    )
+    assert shuffled.error > 0.03, "an error that noise cannot raise would say nothing"
+
+
+def test_calibration_measures_and_saves(small, source, tmp_path):
+    model = calibrate(small, [source[0], source[3]], plans=12, repeats=2)
+    assert min(model.weights) >= 0 and max(model.weights) > 0 and "CPU" in model.device
+    model.save(tmp_path / "latency.json")
+    assert LatencyModel.load(tmp_path / "latency.json") == model
+    for content in ("", "{}", '{"device": 1, "backbone": 2, "weights": [-1, 0, 0, 0, 0], "error": 0}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(InputError, match="no readable latency model"):
+            LatencyModel.load(tmp_path / "bad.json")
+
+
+def test_budgets_in_milliseconds_hold_by_the_model(small, source):
+    encoding = small.encode([source[number % 12] for number in range(50)])
+    model = known_model(small)
+    full = model.predict(small, encoding, small.full(encoding))
+    confidence = torch.randn(50, small.layout.size, generator=torch.Generator().manual_seed(0))
+    plans = [
+        project_to_milliseconds(small, small.full(encoding), confidence, share * full, encoding, model)
+        for share in (0.7, 0.9)
+    ]
+    for share, masks in zip((0.7, 0.9), plans, strict=True):
+        spent = model.predict(small, encoding, masks)
+        assert (spent <= share * full).all() and float((spent / full).mean()) > share - 0.15
+    assert not (small.layout.flatten(plans[0]) & ~small.layout.flatten(plans[1])).any()
+    with pytest.raises(InputError, match="a budget of 0[.]1 ms is below the smallest plan's prefill on here"):
+        project_to_milliseconds(small, small.full(encoding), confidence, torch.full((50,), 0.1), encoding, model)
+
+
+@pytest.mark.parametrize("axis", ["tokens", "layers", "heads", "all"])
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_bench_plans_cost_what_they_say(axis, share):
+    backbone = llava_like(hidden=64, layers=8, heads=16, intermediate=176)
+    encoding = encode_noise(backbone, 1)
+    assert int(encoding.text_tokens[0]) == 40 and backbone.layout.tokens == 576
+    spent = backbone.cost(encoding, plan_at(backbone, encoding, axis, share)).llm / backbone.full_llm_flops(encoding)
+    assert float(spent) == pytest.approx(share, abs=0.04)
