@@ -154,10 +154,11 @@ class EncodingBank:
         source: the queries.
         capacity_bytes: visual tokens are kept up to this size; beyond it the least recently used are dropped
             and encoded anew when asked for.
-        batch_size: images per call of the vision tower.
+        batch_size: images per call of the vision tower. By default one: in larger batches an image's last bits depend
+            on which others happened to be missing with it, and a resumed run would no longer equal an unbroken one.
     """
 
-    def __init__(self, encoder: Encoder, source: QuerySource, capacity_bytes: int = 2 * 1024**3, batch_size: int = 256):
+    def __init__(self, encoder: Encoder, source: QuerySource, capacity_bytes: int = 2 * 1024**3, batch_size: int = 1):
         self.encoder = encoder
         self.source = source
         self.capacity_bytes = capacity_bytes

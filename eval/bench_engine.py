@@ -17,7 +17,7 @@ from eval.latency import interleaved
 
 Figure = tuple[str, float, str]
 
-QUESTION = " ".join(["what", "color", "is", "the", "shape", "?"] * 6 + ["yes"])
+QUESTION = " ".join(["what", "color", "is", "the", "shape", "?"] * 6 + ["is", "there"])
 
 
 def llava_like(hidden: int = 1024, layers: int = 8, heads: int = 16, intermediate: int = 2816) -> Backbone:

@@ -139,7 +139,7 @@ def calibrate(backbone: Backbone, queries: Sequence[Query], plans: int = 48, rep
         repeats: measurements a plan, taken in rounds over all plans; their median counts.
     """
     encoding = backbone.encode([queries[number % len(queries)] for number in range(plans)])
-    budgets_B = torch.linspace(0.1, 1.0, plans, dtype=torch.float64)[torch.randperm(plans)]
+    budgets_B = torch.linspace(0.25, 1.0, plans, dtype=torch.float64)[torch.randperm(plans)]
     masks = random_plans(backbone, encoding, budgets_B, torch.Generator().manual_seed(0))
     rows = [encoding.rows(torch.tensor([row])) for row in range(plans)]
 

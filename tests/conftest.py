@@ -37,8 +37,6 @@ def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, slots: int
         vision_hidden=32,
         vision_layers=2,
     )
-    for parameter in model.parameters():  # larger weights, so that every part matters to the logits
-        parameter.data.mul_(1.5)
     model.requires_grad_(False)
     return Backbone(LlavaFamily(model, processor), "test", heads=slots, **options)
 

@@ -11,7 +11,7 @@ from backbones import Backbone, Encoding, Masks
 
 def masked_logits(backbone: Backbone, encoding: Encoding, masks: Masks, row: int) -> Tensor:
     """Logits (V,) after the prompt of one row, by masking alone."""
-    model, decoder = backbone.model.model.language_model, backbone.decoder
+    model, decoder = backbone.decoder.model, backbone.decoder
     x, keep, positions = _sequence(encoding, masks, row)
     length = x.shape[1]
     visible = torch.ones(length, length).tril().bool() & keep[None]

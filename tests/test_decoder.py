@@ -127,7 +127,7 @@ def test_gradients_reach_the_kept_parts_and_no_other(bank, backbone):
     masks.layers[:, 2] = False
     try:
         backbone.prefill(bank.gather([0, 1]), masks)[0].sum().backward()
-        layers = backbone.model.model.language_model.layers
+        layers = backbone.decoder.model.layers
         assert layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
         assert layers[2].self_attn.q_proj.weight.grad is None
     finally:

@@ -80,7 +80,7 @@ def test_budgets_in_milliseconds_hold_by_the_model(small, source):
         spent = model.predict(small, encoding, masks)
         assert (spent <= share * full).all() and float((spent / full).mean()) > share - 0.15
     assert not (small.layout.flatten(plans[0]) & ~small.layout.flatten(plans[1])).any()
-    with pytest.raises(InputError, match="a budget of 0[.]1 ms is below the smallest plan's prefill on here"):
+    with pytest.raises(InputError, match=r"a budget of 0\.1 ms is below the smallest plan's prefill on here"):
         project_to_milliseconds(small, small.full(encoding), confidence, torch.full((50,), 0.1), encoding, model)
 
 

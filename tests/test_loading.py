@@ -63,7 +63,7 @@ def test_smaller_limits_make_smaller_images(folders, source):
     ("name", "options", "words"),
     [
         ("huge", {}, "unknown backbone 'huge'; use 'tiny', a folder, or a hub id"),
-        ("./nowhere", {}, "'./nowhere' could not be read"),
+        ("/nowhere", {}, "'/nowhere' could not be read"),
         ("llava", {"heads": 3}, "3 head slots do not fit 8 query heads"),
         ("llava", {"width": "depth"}, "width is 'depth'"),
         ("llava", {"protected_layers": (5,)}, r"protected layers \[5\] do not exist"),
