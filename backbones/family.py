@@ -8,9 +8,11 @@ Shape legend: S tokens of a sequence, R rotary position components.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from backbones.cost import clip_tower_flops, mlp_flops
 from backbones.errors import InputError
 
 
-class Family:
+class Family(ABC):
     """One model family, on stock ``transformers``.
 
     Args:
@@ -39,9 +41,9 @@ class Family:
         return self.model.model.language_model
 
     @property
+    @abstractmethod
     def most_visual_tokens(self) -> int:
         """The most visual tokens that an image can have."""
-        raise NotImplementedError
 
     def limit_visual_tokens(self, limit: int) -> None:
         """Make the processor scale images so that none has more visual tokens than ``limit``."""
@@ -57,21 +59,22 @@ class Family:
             images=[[image] for image in images], text=list(prompts), return_tensors="pt", padding=True
         )
 
+    @abstractmethod
     def features(self, batch: Any) -> list[Tensor]:
         """Visual tokens after the projector, (n, D) an image; differentiable."""
-        raise NotImplementedError
 
     def grid(self, batch: Any, row: int) -> tuple[int, ...] | None:
         """(time, height, width) of an image in patches, where rotary positions need it."""
         return None
 
+    @abstractmethod
     def vision_flops(self, batch: Any, row: int) -> tuple[int, int]:
         """FLOPs of the vision tower and of the projector on one image."""
-        raise NotImplementedError
 
     def rope(self, is_image_S: Tensor, grid: tuple[int, ...] | None) -> Tensor:
-        """Rotary positions (S, R) of a sequence with one image, if ``rope_needs_grid``."""
-        raise NotImplementedError
+        """Rotary positions (S, R) of a sequence with one image: here the place in it. Asked only if
+        ``rope_needs_grid``."""
+        return torch.arange(len(is_image_S))[:, None]
 
 
 def clip_side_flops(config: Any, tiles: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from backbones.encoding import Query
@@ -188,8 +187,3 @@ def _pick_split(names: list[str], split: str, path: Path) -> str:
     if len(names) == 1:
         return names[0]
     raise InputError(f"data {str(path)!r} has no split {split!r}; it has {', '.join(names)}")
-
-
-def sample_numbers(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """``count`` query numbers drawn uniformly with replacement from ``size`` queries, (count,) int64."""
-    return rng.integers(size, size=count)
