@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from backbones.cost import Cost
-from backbones.decoder import KVCache, MaskedDecoder
+from backbones.decoder import MaskedDecoder
 from backbones.encoding import EncodedImage, Encoding, Query
 from backbones.errors import InputError
 from backbones.family import Family
+from backbones.kv_cache import KVCache
 from backbones.masks import MaskLayout, Masks
 from backbones.ragged import Ragged
 

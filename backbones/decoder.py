@@ -15,8 +15,6 @@ R rotary position components, t new tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,101 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.blocks import Block, LayerPlan, cut_blocks
 from backbones.cost import DecoderShape
 from backbones.errors import InputError
+from backbones.kv_cache import CachedBlock, KVCache
 from backbones.masks import Masks
 from backbones.ragged import Ragged
 
 WIDTHS = ("heads+mlp", "heads")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows that are computed together with the same head slots.
-
-    Attributes:
-        rows: (b,) row numbers among the layer's rows, on the CPU; None = all of them.
-        slots: the head slots computed.
-    """
-
-    rows: Tensor | None
-    slots: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """How one layer runs for a batch.
-
-    Attributes:
-        rows: (b,) rows of the batch that enter the layer, on the CPU; None = all of them.
-        attention: blocks of the attention part.
-        mlp: blocks of the MLP part.
-    """
-
-    rows: Tensor | None
-    attention: list[Block]
-    mlp: list[Block]
-
-
-class CachedBlock:
-    """Keys and values that one block's rows and heads wrote, with room to grow.
-
-    Args:
-        keys: (b, KV heads, S, head width), rows padded at the end.
-        values: likewise.
-        ragged: the rows' lengths at the prefill.
-    """
-
-    ROOM = 32
-
-    def __init__(self, keys: Tensor, values: Tensor, ragged: Ragged):
-        self.keys, self.values = keys, values
-        self.used = keys.shape[2]
-        self.padding_free = ragged.uniform
-        self.valid = ragged.valid
-
-    def fork(self) -> CachedBlock:
-        """A cache that continues from here without changing this one."""
-        fork = copy(self)
-        # Without room of its own the fork must copy before it writes.
-        fork.keys, fork.values = (x[:, :, : self.used] for x in (self.keys, self.values))
-        fork.valid = self.valid[:, : self.used]
-        return fork
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add t tokens a row; returns all keys and values so far, and the attention mask (b, 1, t, S) if needed."""
-        rows, t = keys.shape[0], keys.shape[2]
-        end = self.used + t
-        if end > self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, t + self.ROOM)) for x in (self.keys, self.values))
-            self.valid = F.pad(self.valid, (0, t + self.ROOM))
-        self.keys[:, :, self.used : end] = keys
-        self.values[:, :, self.used : end] = values
-        self.valid[:, self.used : end] = True
-        mask = None
-        if t > 1 or not self.padding_free:
-            old = self.valid[:, None, None, : self.used].expand(rows, 1, t, -1)
-            causal = torch.ones(t, t, dtype=torch.bool, device=keys.device).tril().expand(rows, 1, t, t)
-            mask = torch.cat([old, causal], dim=3)
-        self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end], mask
-
-
-@dataclass
-class KVCache:
-    """Keys and values of a prefilled batch.
-
-    Attributes:
-        plans: the layer plans of the prefill, re-used by every later step.
-        blocks: [layer][attention block].
-    """
-
-    plans: list[LayerPlan]
-    blocks: list[list[CachedBlock]]
-
-    def fork(self) -> KVCache:
-        """A cache that continues from here without changing this one."""
-        return KVCache(self.plans, [[block.fork() for block in layer] for layer in self.blocks])
 
 
 class MaskedDecoder:
@@ -335,38 +246,6 @@ class MaskedDecoder:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         return (x * cos_PW[:, None] + turned * sin_PW[:, None]).flatten(1)
-
-
-def cut_blocks(heads_BH: Tensor, slots_per_group: int = 1) -> list[Block]:
-    """Cover every kept (row, slot) pair exactly once, by whichever cut has fewer blocks.
-
-    No two blocks of a row share a key-value group, so that none is computed twice.
-
-    Args:
-        heads_BH: (B, H) kept slots of each row, on the CPU.
-        slots_per_group: consecutive slots that share a key-value group.
-    """
-    whole = _blocks_by_pattern(heads_BH, 0)
-    if len(whole) <= 1:
-        return whole
-    slots = heads_BH.shape[1]
-    starts = range(0, slots, slots_per_group)
-    by_group = [
-        block for start in starts for block in _blocks_by_pattern(heads_BH[:, start : start + slots_per_group], start)
-    ]
-    return whole if len(whole) <= len(by_group) else by_group
-
-
-def _blocks_by_pattern(heads_BH: Tensor, first_slot: int) -> list[Block]:
-    """One block for every distinct pattern of some slots, of which ``first_slot`` is the first."""
-    patterns, pattern_of_row = heads_BH.unique(dim=0, return_inverse=True)
-    blocks = []
-    for number, pattern in enumerate(patterns):
-        slots = tuple((pattern.nonzero()[:, 0] + first_slot).tolist())
-        if slots:
-            rows = None if len(patterns) == 1 else (pattern_of_row == number).nonzero()[:, 0]
-            blocks.append(Block(rows, slots))
-    return blocks
 
 
 def _linear_rows(linear: nn.Linear, x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from backbones import InputError
-from backbones.decoder import MaskedDecoder, cut_blocks
+from backbones.blocks import cut_blocks
+from backbones.decoder import MaskedDecoder
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 

@@ -1,0 +1,77 @@
+"""Keys and values of prefilled rows, per layer and block, growing as answers are decoded.
+
+Shape legend: b rows of a block, S cached places, t new tokens.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbones.blocks import LayerPlan
+from backbones.ragged import Ragged
+
+
+class CachedBlock:
+    """Keys and values that one block's rows and heads wrote, with room to grow.
+
+    Args:
+        keys: (b, KV heads, S, head width), rows padded at the end.
+        values: likewise.
+        ragged: the rows' lengths at the prefill.
+    """
+
+    ROOM = 32
+
+    def __init__(self, keys: Tensor, values: Tensor, ragged: Ragged):
+        self.keys, self.values = keys, values
+        self.used = keys.shape[2]
+        self.padding_free = ragged.uniform
+        self.valid = ragged.valid
+
+    def fork(self) -> CachedBlock:
+        """A cache that continues from here without changing this one."""
+        fork = copy(self)
+        # Without room of its own the fork must copy before it writes.
+        fork.keys, fork.values = (x[:, :, : self.used] for x in (self.keys, self.values))
+        fork.valid = self.valid[:, : self.used]
+        return fork
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add t tokens a row; returns all keys and values so far, and the attention mask (b, 1, t, S) if needed."""
+        rows, t = keys.shape[0], keys.shape[2]
+        end = self.used + t
+        if end > self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, t + self.ROOM)) for x in (self.keys, self.values))
+            self.valid = F.pad(self.valid, (0, t + self.ROOM))
+        self.keys[:, :, self.used : end] = keys
+        self.values[:, :, self.used : end] = values
+        self.valid[:, self.used : end] = True
+        mask = None
+        if t > 1 or not self.padding_free:
+            old = self.valid[:, None, None, : self.used].expand(rows, 1, t, -1)
+            causal = torch.ones(t, t, dtype=torch.bool, device=keys.device).tril().expand(rows, 1, t, t)
+            mask = torch.cat([old, causal], dim=3)
+        self.used = end
+        return self.keys[:, :, :end], self.values[:, :, :end], mask
+
+
+@dataclass
+class KVCache:
+    """Keys and values of a prefilled batch.
+
+    Attributes:
+        plans: the layer plans of the prefill, re-used by every later step.
+        blocks: [layer][attention block].
+    """
+
+    plans: list[LayerPlan]
+    blocks: list[list[CachedBlock]]
+
+    def fork(self) -> KVCache:
+        """A cache that continues from here without changing this one."""
+        return KVCache(self.plans, [[block.fork() for block in layer] for layer in self.blocks])
