@@ -94,33 +94,54 @@ class Backbone:
         """Encode queries without a bank.
 
         Raises:
-            InputError: a question longer than the model's context.
+            InputError: a query that fails: without an image or with several, an image that the model cannot take, a
+                question that holds the image token or is longer than the model's context; the message names the query.
         """
+        ids = [query.id for query in queries]
         return self.assemble(
-            self.encode_images([query.image for query in queries]),
+            self.encode_images([query.the_image() for query in queries], ids),
             [query.question for query in queries],
-            [query.id for query in queries],
+            ids,
             [query.answers for query in queries],
         )
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
-        """Vision tower and projector, each image once."""
-        batch = self.family.process(images, [self.prompt("")] * len(images))
-        return self.read_batch(batch, self.family.features(batch))
+    def encode_images(self, images: Sequence[Image.Image], ids: Sequence[str] | None = None) -> list[EncodedImage]:
+        """Vision tower and projector, each image once.
 
-    def read_batch(self, batch: Any, features: Sequence[Tensor]) -> list[EncodedImage]:
+        Args:
+            images: RGB images.
+            ids: the queries' ids, for messages.
+
+        Raises:
+            InputError: an image that the processor refuses, or whose visual tokens do not fit the layout.
+        """
+        try:
+            batch = self.family.process(images, [self.prompt("")] * len(images))
+        except ValueError as error:  # an extreme aspect ratio, say
+            if len(images) == 1:
+                raise InputError(
+                    f"the processor refuses the image of {_called(ids, 0)} ({error}); replace or remove it"
+                ) from error
+            parts = [self.encode_images([image], ids and [ids[row]]) for row, image in enumerate(images)]
+            return [image for part in parts for image in part]
+        return self.read_batch(batch, self.family.features(batch), ids)
+
+    def read_batch(
+        self, batch: Any, features: Sequence[Tensor], ids: Sequence[str] | None = None
+    ) -> list[EncodedImage]:
         """Encoded images from the processor's batch and their visual tokens (n, D)."""
         before, after = self._prompt_ids("")
         encoded = []
         for row, visual_nD in enumerate(features):
-            ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-            span = ids[len(before) : len(ids) - len(after)]
+            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+            span = prompt[len(before) : len(prompt) - len(after)]
             is_image = span == self.model.config.image_token_id
             if int(is_image.sum()) != len(visual_nD) or len(visual_nD) > self.layout.tokens:
                 raise InputError(
-                    f"an image has {len(visual_nD)} visual tokens, its prompt {int(is_image.sum())} places for them, "
-                    f"the layout {self.layout.tokens}; set max_visual_tokens, or check that processor and model match"
+                    f"the image of {_called(ids, row)} has {len(visual_nD)} visual tokens, its prompt "
+                    f"{int(is_image.sum())} places for them, the layout {self.layout.tokens}; set max_visual_tokens, "
+                    "or check that processor and model match"
                 )
             text_offsets = (~is_image).nonzero()[:, 0]
             vision_flops, projector_flops = self.family.vision_flops(batch, row)
@@ -156,9 +177,10 @@ class Backbone:
             continuations: ids that follow each prompt, for teacher forcing.
 
         Raises:
-            InputError: a prompt longer than the model's context.
+            InputError: a question that holds the image token, or a prompt longer than the model's context; the message
+                names the query.
         """
-        prompts = [self._prompt_ids(question) for question in questions]
+        prompts = self._prompts(questions, ids)
         more = continuations if continuations is not None else [[]] * len(prompts)
         starts = [len(before) for before, _ in prompts]
         rows = [
@@ -169,8 +191,8 @@ class Backbone:
         lengths = [len(text_ids) + len(image.visual_nD) for (text_ids, _), image in zip(rows, images, strict=True)]
         if max(lengths) >= self.max_positions:
             raise InputError(
-                f"a prompt has {max(lengths)} tokens with its image; the model's context has {self.max_positions} "
-                "positions: shorten the question"
+                f"the prompt of {_called(ids, lengths.index(max(lengths)))} has {max(lengths)} tokens with its image; "
+                f"the model's context has {self.max_positions} positions: shorten the question"
             )
         device = images[0].visual_nD.device
         counts_B = torch.tensor([len(image.visual_nD) for image in images])
@@ -223,13 +245,22 @@ class Backbone:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
 
+    def _prompts(self, questions: Sequence[str], ids: Sequence[str] | None) -> list[tuple[list[int], list[int]]]:
+        """Each prompt's ids before and after the image placeholder."""
+        prompts = []
+        for row, question in enumerate(questions):
+            try:
+                prompts.append(self._prompt_ids(question))
+            except InputError as error:
+                raise InputError(f"{_called(ids, row)}: {error}") from error
+        return prompts
+
     def _tokenize_prompt(self, question: str) -> tuple[list[int], list[int]]:
-        """Ids before and after the image placeholder."""
         ids = self.processor.tokenizer(self.prompt(question))["input_ids"]
         image = self.model.config.image_token_id
         if ids.count(image) != 1:
             raise InputError(
-                f"the prompt for question {question!r} has {ids.count(image)} image placeholders; it must have one: "
+                f"the prompt has {ids.count(image)} image placeholders; it must have one: "
                 "remove the image token from the question"
             )
         place = ids.index(image)
@@ -389,6 +420,10 @@ class Backbone:
     def full_llm_flops(self, encoding: Encoding) -> Tensor:
         """(B,) FLOPs of the full plan's prefill and decode: what a budget of 1 is a share of."""
         return self.cost(encoding, self.full(encoding)).llm
+
+
+def _called(ids: Sequence[str] | None, row: int) -> str:
+    return f"query {ids[row]!r}" if ids else f"the query at row {row}"
 
 
 def _lay_out_text(before: list[int], image: EncodedImage, after: list[int]) -> tuple[list[int], list[int]]:

@@ -36,6 +36,26 @@ class Query:
     answers: tuple[str, ...] = ()
     image_key: Hashable = None
 
+    def the_image(self) -> Image.Image:
+        """The image, if it is one.
+
+        Raises:
+            InputError: no image, several, or something else; the message names the query.
+        """
+        image: Any = self.image
+        if isinstance(image, Image.Image):
+            return image
+        if image is None:
+            raise no_image(self.id)
+        if isinstance(image, list | tuple):
+            raise InputError(f"query {self.id!r} has {len(image)} images in a list; one a query is supported, as it is")
+        raise InputError(f"the image of query {self.id!r} is of type {type(image).__name__}; it must be a PIL image")
+
+
+def no_image(id: str) -> InputError:
+    """What to say of a query without an image."""
+    return InputError(f"query {id!r} has no image; every query needs one: add it, or remove the query")
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -135,7 +155,7 @@ class QuerySource(Protocol):
 class Encoder(Protocol):
     """The part of a backbone that the bank uses."""
 
-    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]: ...
+    def encode_images(self, images: Sequence[Image.Image], ids: Sequence[str]) -> list[EncodedImage]: ...
 
     def assemble(
         self,
@@ -156,6 +176,10 @@ class EncodingBank:
             and encoded anew when asked for.
         batch_size: images per call of the vision tower. By default one: in larger batches an image's last bits depend
             on which others happened to be missing with it, and a resumed run would no longer equal an unbroken one.
+
+    Attributes:
+        failed: by number, why queries that were asked of ``gather_valid`` cannot be encoded. They are not tried again,
+            so that all who share the bank leave out the same queries.
     """
 
     def __init__(self, encoder: Encoder, source: QuerySource, capacity_bytes: int = 2 * 1024**3, batch_size: int = 1):
@@ -163,6 +187,7 @@ class EncodingBank:
         self.source = source
         self.capacity_bytes = capacity_bytes
         self.batch_size = batch_size
+        self.failed: dict[int, str] = {}
         self._kept: OrderedDict[Hashable, EncodedImage] = OrderedDict()
         self._bytes = 0
 
@@ -173,16 +198,52 @@ class EncodingBank:
         """The encodings of some queries, in order; numbers may repeat.
 
         Raises:
-            InputError: a number outside the source, or an image that cannot be read.
+            InputError: a number outside the source, or a query that fails (an image that is missing or cannot be read,
+                a question that does not fit the context, say); the message names the query.
         """
-        numbers = [int(number) for number in numbers]
-        outside = [number for number in numbers if not 0 <= number < len(self.source)]
-        if outside:
-            raise InputError(f"query number {outside[0]} does not exist; the source has {len(self.source)} queries")
+        numbers = self._within(numbers)
         keys = [self.source.image_key(number) for number in numbers]
         images = self._images(dict(zip(keys, numbers, strict=True)))
         ids, questions, answers = zip(*(self.source.text(number) for number in numbers), strict=True)
         return self.encoder.assemble([images[key] for key in keys], questions, list(ids), list(answers))
+
+    def gather_valid(self, numbers: Sequence[int] | np.ndarray) -> tuple[Encoding | None, list[int], dict[int, str]]:
+        """As ``gather``, without the queries that fail.
+
+        Returns:
+            The encoding of the others, None if there are none; their numbers; and why each of the rest failed.
+
+        Raises:
+            InputError: a number outside the source.
+        """
+        numbers = self._within(numbers)
+        try:
+            encoding = self._gather_untried(numbers)
+        except InputError:  # one by one they show which it was; encoded images are kept, so little is done twice
+            for number in dict.fromkeys(numbers):
+                self._try(number)
+            encoding = self._gather_untried(numbers)
+        failed = {number: self.failed[number] for number in numbers if number in self.failed}
+        return encoding, [number for number in numbers if number not in failed], failed
+
+    def _gather_untried(self, numbers: list[int]) -> Encoding | None:
+        """All but those known to fail."""
+        left = [number for number in numbers if number not in self.failed]
+        return self.gather(left) if left else None
+
+    def _try(self, number: int) -> None:
+        if number not in self.failed:
+            try:
+                self.gather([number])
+            except InputError as error:
+                self.failed[number] = str(error)
+
+    def _within(self, numbers: Sequence[int] | np.ndarray) -> list[int]:
+        checked = [int(number) for number in numbers]
+        for number in checked:
+            if not 0 <= number < len(self.source):
+                raise InputError(f"query number {number} does not exist; the source has {len(self.source)} queries")
+        return checked
 
     def _images(self, number_of_key: dict[Hashable, int]) -> dict[Hashable, EncodedImage]:
         found = {key: self._kept[key] for key in number_of_key if key in self._kept}
@@ -191,7 +252,10 @@ class EncodingBank:
         missing = [key for key in number_of_key if key not in found]
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            encoded = self.encoder.encode_images([self.source[number_of_key[key]].image for key in batch])
+            queries = [self.source[number_of_key[key]] for key in batch]
+            encoded = self.encoder.encode_images(
+                [query.the_image() for query in queries], [query.id for query in queries]
+            )
             for key, image in zip(batch, encoded, strict=True):
                 found[key] = image
                 self._keep(key, image)

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from backbones.encoding import Query
+from backbones.encoding import Query, no_image
 from backbones.errors import InputError
 
 COLUMNS = ("image", "question", "answers")
@@ -28,7 +28,7 @@ class DatasetQueries:
         split: the split's name in records.
 
     Raises:
-        InputError: a missing column, or no rows.
+        InputError: a missing column, a column ``image`` of something else (lists of images, say), or no rows.
     """
 
     def __init__(self, dataset: datasets.Dataset, name: str, split: str):
@@ -41,8 +41,7 @@ class DatasetQueries:
         if len(dataset) == 0:
             raise InputError(f"data {name!r}, split {split!r} has no rows")
         self.name, self.split = name, split
-        # Undecoded, so that an unreadable image is met, and named, only when its own query is asked for.
-        self._images = dataset.cast_column("image", datasets.Image(decode=False)).with_format(None)["image"]
+        self._images = _undecoded_images(dataset, name)
         self._questions = [str(question) for question in dataset["question"]]
         self._answers = [_answer_tuple(answers, name, row) for row, answers in enumerate(dataset["answers"])]
         has_ids = "id" in dataset.column_names
@@ -60,8 +59,12 @@ class DatasetQueries:
         return self._ids[number], self._questions[number], self._answers[number]
 
     def image_key(self, number: int) -> Hashable:
-        """Equal for queries that show the same image: its path, or a digest of its bytes."""
-        image = self._images[number]
+        """Equal for queries that show the same image: its path, or a digest of its bytes.
+
+        Raises:
+            InputError: a query without an image.
+        """
+        image = self._stored_image(number)
         if image["path"] is not None and image["bytes"] is None:
             return image["path"]
         return hashlib.blake2b(image["bytes"], digest_size=16).digest()
@@ -76,18 +79,35 @@ class DatasetQueries:
         part._ids = self._ids[:limit]
         return part
 
-    def _decode(self, number: int) -> Image.Image:
+    def _stored_image(self, number: int) -> dict[str, Any]:
         image = self._images[number]
+        if image is None or (image["path"] is None and image["bytes"] is None):
+            raise no_image(self._ids[number])
+        return image
+
+    def _decode(self, number: int) -> Image.Image:
+        image = self._stored_image(number)
         where = image["path"] or f"row {number}"
         try:
             opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
             return opened.convert("RGB")
         except FileNotFoundError as error:
             raise InputError(f"image {where} of query {self._ids[number]!r} does not exist") from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise InputError(
                 f"image {where} of query {self._ids[number]!r} cannot be decoded ({error}); replace or remove it"
             ) from error
+
+
+def _undecoded_images(dataset: datasets.Dataset, name: str) -> Any:
+    """The column ``image`` as stored: an unreadable image is met, and named, only when its own query is asked for."""
+    try:
+        return dataset.cast_column("image", datasets.Image(decode=False)).with_format(None)["image"]
+    except (TypeError, ValueError, NotImplementedError) as error:  # what datasets and Arrow raise
+        raise InputError(
+            f"data {name!r}: the column 'image' is {dataset.features['image']}; it must hold one image a row, several "
+            "images a query are not supported"
+        ) from error
 
 
 def _answer_tuple(answers: Any, name: str, row: int) -> tuple[str, ...]:
@@ -165,9 +185,10 @@ def _load_path(path: Path, split: str) -> datasets.Dataset:
     except Exception as error:  # datasets raises many kinds; whatever it is, the path could not be read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"data {str(path)!r} could not be read ({reason})") from error
-    if "image" in loaded.column_names and not isinstance(loaded.features["image"], datasets.Image):
+    if getattr(loaded.features.get("image"), "dtype", None) in ("string", "large_string"):
         base = path if path.is_dir() else path.parent
-        loaded = loaded.map(lambda row: {"image": str(base / row["image"])}).cast_column("image", datasets.Image())
+        features = datasets.Features({**loaded.features, "image": datasets.Value("string")})
+        loaded = loaded.map(lambda row: {"image": row["image"] and str(base / row["image"])}, features=features)
     return loaded
 
 

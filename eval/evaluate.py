@@ -18,6 +18,7 @@ from backbones.encoding import EncodingBank
 from backbones.errors import InputError
 from envs.queries import DatasetQueries
 from envs.scoring import score
+from eval.failures import report_failed
 from policies.baselines import Planner
 from policies.projection import budget_flops
 
@@ -48,7 +49,7 @@ def evaluate(
     max_new_tokens: int = 1,
     progress: bool = True,
 ) -> list[Record]:
-    """One record per budget, over all queries of the bank.
+    """One record per budget, over all queries of the bank but those that fail; these are reported and counted.
 
     Args:
         planner: chooses the plans.
@@ -59,21 +60,28 @@ def evaluate(
         batch_size: queries a call.
         max_new_tokens: answers are cut there.
         progress: whether to show a progress bar.
+
+    Raises:
+        InputError: a budget outside (0, 1], or no query that does not fail.
     """
     budgets = check_budgets(budgets) if planner.budgeted else (1.0,)
     batches = [range(start, min(start + batch_size, len(bank))) for start in range(0, len(bank), batch_size)]
     columns: list[list[np.ndarray]] = [[] for _ in budgets]
+    reported = len(bank.failed)
     with tqdm(total=len(bank) * len(budgets), desc=planner.name, unit="query", disable=not progress) as bar:
         for numbers in batches:
-            encoding = bank.gather(numbers)
+            encoding, _, _ = bank.gather_valid(numbers)
             for column, budget in zip(columns, budgets, strict=True):
-                column.append(_measure(planner, backbone, encoding, budget, max_new_tokens))
+                if encoding is not None:
+                    column.append(_measure(planner, backbone, encoding, budget, max_new_tokens))
                 bar.update(len(numbers))
+    report_failed(bank, reported)
     source = bank.source
     assert isinstance(source, DatasetQueries)
-    head = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
+    head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
+    head |= {"seed": seed, "failed": len(bank.failed)}
     return [
-        {**head, "budget": budget, "seed": seed, **_summarise(np.concatenate(column, axis=1))}
+        {**head, "budget": budget, **_summarise(np.concatenate(column, axis=1))}
         for budget, column in zip(budgets, columns, strict=True)
     ]
 

@@ -66,9 +66,9 @@ class CountingEncoder:
     def __init__(self, backbone):
         self.backbone, self.images = backbone, 0
 
-    def encode_images(self, images):
+    def encode_images(self, images, ids):
         self.images += len(images)
-        return self.backbone.encode_images(images)
+        return self.backbone.encode_images(images, ids)
 
     def assemble(self, *args):
         return self.backbone.assemble(*args)

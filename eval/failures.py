@@ -1,0 +1,30 @@
+"""What to say of queries that fail."""
+
+from __future__ import annotations
+
+import sys
+
+from backbones.encoding import EncodingBank
+from backbones.errors import InputError
+
+MOST_LINES = 10
+
+
+def report_failed(bank: EncodingBank, known: int = 0) -> None:
+    """A line on standard error for each query that failed, ten at most.
+
+    Args:
+        bank: knows them.
+        known: so many of them were reported before.
+
+    Raises:
+        InputError: no query of the bank is left.
+    """
+    failed = [(bank.source.text(number)[0], reason) for number, reason in list(bank.failed.items())[known:]]
+    if len(bank.failed) == len(bank):
+        number, reason = next(iter(bank.failed.items()))
+        raise InputError(f"all {len(bank)} queries failed; the first, {bank.source.text(number)[0]!r}: {reason}")
+    for id, reason in failed[:MOST_LINES]:
+        print(f"query {id!r} failed: {' '.join(reason.split())}", file=sys.stderr)
+    if len(failed) > MOST_LINES:
+        print(f"... and {len(failed) - MOST_LINES} more", file=sys.stderr)
