@@ -116,9 +116,10 @@ class MaskingCore:
             return {"query": numbers.astype(np.int64)[:, None], "budget": budget}
         encoding = self.bank.gather(numbers)
         if encoding.text_BTD.shape[1] > MAX_TEXT_TOKENS:
+            longest = encoding.ids[int(encoding.text_tokens.argmax())]
             raise InputError(
-                f"a prompt has {encoding.text_BTD.shape[1]} text tokens; a features observation holds "
-                f"{MAX_TEXT_TOKENS}: shorten the question, or use observation='id'"
+                f"the prompt of query {longest!r} has {encoding.text_BTD.shape[1]} text tokens; a features observation "
+                f"holds {MAX_TEXT_TOKENS}: shorten the question, or use observation='id'"
             )
         text = np.zeros((len(numbers), MAX_TEXT_TOKENS, self.backbone.hidden), np.float32)
         text[:, : encoding.text_BTD.shape[1]] = (encoding.text_BTD * encoding.text_valid_BT[..., None]).cpu().numpy()

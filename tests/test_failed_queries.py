@@ -104,6 +104,15 @@ def test_the_environment_stops_at_a_failed_query_and_names_it(small, broken_sour
             core.step(np.array([0, number]), np.ones(2), actions)
 
 
+def test_prompts_that_an_observation_cannot_hold_are_named(small):
+    rows = make_dataset(4).cast_column("image", datasets.Image(decode=False)).to_dict()
+    rows["question"][2] = "red " * 70
+    long = DatasetQueries(datasets.Dataset.from_dict(rows), "made", "train")
+    core = MaskingCore(small, long, observation="features")
+    with pytest.raises(InputError, match=r"the prompt of query 'q2' has 7\d text tokens"):
+        core.observe(np.array([0, 2, 3]), np.full(3, 0.5))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
