@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from backbones.backbone import Backbone
-from backbones.encoding import EncodingBank
+from backbones.encoding import Encoding, EncodingBank
 from backbones.errors import InputError
+from backbones.masks import Masks
 from envs.queries import DatasetQueries
 from envs.scoring import score
 from eval.failures import report_failed
 from policies.baselines import Planner
+from policies.milliseconds import MillisecondPlanner
 from policies.projection import budget_flops
 
 Record = dict[str, Any]
+Columns = dict[str, np.ndarray]
 
 
 def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
@@ -52,7 +56,8 @@ def evaluate(
     """One record per budget, over all queries of the bank but those that fail; these are reported and counted.
 
     Args:
-        planner: chooses the plans.
+        planner: chooses the plans. The record of a ``MillisecondPlanner`` also has its limit, the mean time predicted,
+            and as budget the mean share that it chose.
         backbone: answers under them.
         bank: the queries.
         budgets: shares in (0, 1]; a planner without budgets is evaluated once, at 1.
@@ -66,60 +71,63 @@ def evaluate(
     """
     budgets = check_budgets(budgets) if planner.budgeted else (1.0,)
     batches = [range(start, min(start + batch_size, len(bank))) for start in range(0, len(bank), batch_size)]
-    columns: list[list[np.ndarray]] = [[] for _ in budgets]
+    measured: list[list[Columns]] = [[] for _ in budgets]
     reported = len(bank.failed)
     with tqdm(total=len(bank) * len(budgets), desc=planner.name, unit="query", disable=not progress) as bar:
         for numbers in batches:
             encoding, _, _ = bank.gather_valid(numbers)
-            for column, budget in zip(columns, budgets, strict=True):
+            for parts, budget in zip(measured, budgets, strict=True):
                 if encoding is not None:
-                    column.append(_measure(planner, backbone, encoding, budget, max_new_tokens))
+                    parts.append(_measure(planner, backbone, encoding, budget, max_new_tokens))
                 bar.update(len(numbers))
     report_failed(bank, reported)
     source = bank.source
     assert isinstance(source, DatasetQueries)
     head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
     head |= {"seed": seed, "failed": len(bank.failed)}
-    return [
-        {**head, "budget": budget, **_summarise(np.concatenate(column, axis=1))}
-        for budget, column in zip(budgets, columns, strict=True)
-    ]
+    if isinstance(planner, MillisecondPlanner):
+        head["budget_ms"] = planner.milliseconds
+    return [{**head, "budget": budget, **_summarise(parts)} for budget, parts in zip(budgets, measured, strict=True)]
 
 
-FIELDS = ("accuracy", "llm_flops_ratio", "total_flops_ratio", "violations", "kept_tokens", "kept_heads", "kept_layers")
-
-
-def _measure(planner: Planner, backbone: Backbone, encoding: Any, budget: float, max_new_tokens: int) -> np.ndarray:
-    """(fields, B) of ``FIELDS``."""
-    budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64)
-    masks = planner.plan(encoding, budgets_B)
+def _measure(planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int) -> Columns:
+    """What records summarise, each (B,)."""
+    budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=backbone.device)
+    masks, columns = _plan(planner, encoding, budgets_B)
     answers = backbone.answer(encoding, masks, max_new_tokens)
     masks = backbone.restrict(encoding, masks)
     cost = backbone.cost(encoding, masks, planner.controller_flops(encoding))
     full = backbone.cost(encoding, backbone.full(encoding))
     accuracy = [score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)]
-    columns = [
-        torch.tensor(accuracy),
-        cost.llm / full.llm,
-        cost.total / full.total,
-        cost.llm > budget_flops(budgets_B, full.llm),
-        masks.tokens.sum(1),
-        masks.effective_heads.sum((1, 2)),
-        masks.layers.sum(1),
-    ]
-    return np.stack([column.double().numpy() for column in columns])
+    columns = {
+        "accuracy": torch.tensor(accuracy),
+        "llm_flops_ratio": cost.llm / full.llm,
+        "total_flops_ratio": cost.total / full.total,
+        "violations": cost.llm > budget_flops(budgets_B, full.llm),
+        "kept_tokens": masks.tokens.sum(1),
+        "kept_heads": masks.effective_heads.sum((1, 2)),
+        "kept_layers": masks.layers.sum(1),
+        **columns,
+    }
+    return {name: column.double().cpu().numpy() for name, column in columns.items()}
 
 
-def _summarise(values: np.ndarray) -> Record:
-    means = dict(zip(FIELDS, values.mean(axis=1).tolist(), strict=True))
-    count = values.shape[1]
-    violations = int(values[FIELDS.index("violations")].sum())
-    error = values[0].std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
-    del means["violations"]
+def _plan(planner: Planner, encoding: Encoding, budgets_B: Tensor) -> tuple[Masks, dict[str, Tensor]]:
+    """The plans; with budgets in milliseconds also what they say of themselves, each (B,)."""
+    if not isinstance(planner, MillisecondPlanner):
+        return planner.plan(encoding, budgets_B), {}
+    masks, shares_B = planner.choose(encoding, budgets_B)
+    predicted_B = planner.predict(encoding, masks)
+    return masks, {"budget": shares_B, "predicted_ms": predicted_B, "violations": predicted_B > planner.milliseconds}
+
+
+def _summarise(parts: list[Columns]) -> Record:
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    accuracy, violations = columns["accuracy"], columns.pop("violations")
+    error = accuracy.std(ddof=1) / math.sqrt(len(accuracy)) if len(accuracy) > 1 else 0.0
     return {
-        "n": count,
-        "accuracy": means.pop("accuracy"),
+        "n": len(accuracy),
         "accuracy_stderr": float(error),
-        "budget_violations": violations,
-        **means,
+        "budget_violations": int(violations.sum()),
+        **{name: float(column.mean()) for name, column in columns.items()},
     }

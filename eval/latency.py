@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from functools import partial
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from backbones.backbone import Backbone
 from backbones.encoding import Query
 from backbones.latency_model import LatencyModel, plan_features
 from policies.baselines import Planner, random_plans
+from policies.projection import least_share
+
+PARTS = ("encode", "controller", "prefill", "ttft", "tpot")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Latency:
-    """How long one batch takes, part by part.
+    """How long a batch takes, part by part.
 
     Attributes:
         encode: image processing, vision tower and projector.
@@ -70,11 +75,23 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warm_up: int = 1,
+    progress: str | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each side, the sides taken in turn so that a busy machine slows all alike."""
+    """Median seconds of each side, the sides taken in turn so that a busy machine slows all alike.
+
+    Args:
+        sides: what to time.
+        repeats: rounds over all sides that count.
+        device: waited for before a clock is read.
+        warm_up: rounds before them.
+        progress: label of a progress bar; none by default.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(warm_up + repeats):
+    for round_number in tqdm(range(warm_up + repeats), desc=progress, unit="round", disable=progress is None):
         for name, function in sides.items():
             taken = timed(function, device)
             if round_number >= warm_up:
@@ -86,68 +103,86 @@ def interleaved(
 def measure(
     backbone: Backbone,
     planner: Planner,
-    queries: Sequence[Query],
+    batches: Sequence[Sequence[Query]],
     budget: float,
     new_tokens: int = 8,
     repeats: int = 30,
     warm_up: int = 3,
 ) -> Latency:
-    """Time one batch of queries under a planner.
+    """Time batches of queries under a planner.
 
     Args:
         backbone: answers.
         planner: chooses the plans.
-        queries: B queries, one batch.
+        batches: of queries; what is reported spreads over all of them.
         budget: share of the full plan's LLM FLOPs.
         new_tokens: output tokens after the first that are timed.
-        repeats: measurements.
-        warm_up: calls before them.
+        repeats: measurements of each batch, in rounds over all.
+        warm_up: rounds before them.
+
+    Raises:
+        InputError: a query that fails, or a budget below the smallest plan's cost.
     """
+    if backbone.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(backbone.device)
+    rounds = [
+        [_time_parts(backbone, planner, queries, budget, new_tokens) for queries in batches]
+        for _ in range(warm_up + repeats)
+    ]
+    counted = [taken for one_round in rounds[warm_up:] for taken in one_round]
+    spreads = {name: Spread.of([taken[name] for taken in counted]) for name in PARTS}
+    return Latency(**spreads, peak_memory_bytes=_peak(backbone.device))
+
+
+def _time_parts(
+    backbone: Backbone, planner: Planner, queries: Sequence[Query], budget: float, new_tokens: int
+) -> dict[str, float]:
+    """Seconds of each part of one batch."""
     device = backbone.device
     budgets_B = torch.full((len(queries),), budget, dtype=torch.float64, device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    parts: dict[str, list[float]] = {name: [] for name in ("encode", "controller", "prefill", "ttft", "tpot")}
     ids_B1 = torch.full((len(queries), 1), backbone.processor.tokenizer.eos_token_id, device=device)
-    for round_number in range(warm_up + repeats):
-        clock = [_now(device)]
-        encoding = backbone.encode(queries)
-        clock.append(_now(device))
-        masks = planner.plan(encoding, budgets_B)
-        clock.append(_now(device))
-        _, cache = backbone.prefill(encoding, masks, cache=True)
-        clock.append(_now(device))
-        assert cache is not None
-        for step in range(new_tokens):
-            backbone.extend(ids_B1, encoding.next_rope_B + step, cache)
-        clock.append(_now(device))
-        if round_number >= warm_up:
-            for name, taken in zip(("encode", "controller", "prefill"), np.diff(clock), strict=False):
-                parts[name].append(float(taken))
-            parts["ttft"].append(clock[3] - clock[0])
-            parts["tpot"].append((clock[4] - clock[3]) / new_tokens)
-    return Latency(**{name: Spread.of(values) for name, values in parts.items()}, peak_memory_bytes=_peak(device))
+    clock = [_now(device)]
+    encoding = backbone.encode(queries)
+    clock.append(_now(device))
+    masks = planner.plan(encoding, budgets_B)
+    clock.append(_now(device))
+    _, cache = backbone.prefill(encoding, masks, cache=True)
+    clock.append(_now(device))
+    assert cache is not None
+    for step in range(new_tokens):
+        backbone.extend(ids_B1, encoding.next_rope_B + step, cache)
+    clock.append(_now(device))
+    encode, controller, prefill, decode = np.diff(clock).tolist()
+    ttft = encode + controller + prefill
+    return dict(zip(PARTS, (encode, controller, prefill, ttft, decode / new_tokens), strict=True))
 
 
-def calibrate(backbone: Backbone, queries: Sequence[Query], plans: int = 48, repeats: int = 7) -> LatencyModel:
+def calibrate(
+    backbone: Backbone, queries: Sequence[Query], plans: int = 48, repeats: int = 7, progress: bool = False
+) -> LatencyModel:
     """Fit a latency model on random plans of single queries.
 
     Args:
         backbone: measured.
-        queries: drawn from, one a plan.
+        queries: each is taken for as many plans as the others.
         plans: how many plans to measure; each fourth is held out to state the error.
         repeats: measurements a plan, taken in rounds over all plans; their median counts.
+        progress: whether to show a progress bar.
     """
-    encoding = backbone.encode([queries[number % len(queries)] for number in range(plans)])
-    budgets_B = torch.linspace(0.25, 1.0, plans, dtype=torch.float64)[torch.randperm(plans)]
-    masks = random_plans(backbone, encoding, budgets_B, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    encoding = backbone.encode(queries).rows(torch.arange(plans) % len(queries))
+    shares_B = torch.linspace(0.25, 1.0, plans, dtype=torch.float64)
+    shares_B = shares_B[torch.randperm(plans, generator=generator)].to(backbone.device)
+    budgets_B = shares_B.maximum(least_share(backbone, encoding)).clamp_max(1)
+    masks = random_plans(backbone, encoding, budgets_B, generator)
     rows = [encoding.rows(torch.tensor([row])) for row in range(plans)]
 
     def prefill(row: int) -> None:
         with torch.no_grad():
-            backbone.prefill(rows[row], masks[row : row + 1])
+            backbone.prefill(rows[row], masks[row : row + 1], cache=True)
 
-    seconds = interleaved({str(row): partial(prefill, row) for row in range(plans)}, repeats, backbone.device)
+    sides = {str(row): partial(prefill, row) for row in range(plans)}
+    seconds = interleaved(sides, repeats, backbone.device, progress="calibration" if progress else None)
     features_BF = plan_features(backbone, encoding, masks).cpu().numpy()
     return LatencyModel.fit(
         device_name(backbone.device), backbone.name, features_BF, 1000 * np.array([*seconds.values()])
@@ -169,4 +204,5 @@ def _now(device: torch.device) -> float:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS says it in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -15,6 +15,8 @@ Record = dict[str, Any]
 
 COLUMNS = (
     ("policy", "policy", "{}"),
+    ("budget_ms", "budget ms", "{:g}"),
+    ("predicted_ms", "predicted ms", "{:.2f}"),
     ("budget", "budget", "{:.2f}"),
     ("accuracy", "accuracy %", "{:.2%}"),
     ("accuracy_stderr", "± %", "{:.2%}"),
@@ -24,14 +26,24 @@ COLUMNS = (
     ("kept_tokens", "tokens", "{:.1f}"),
     ("kept_heads", "heads", "{:.1f}"),
     ("kept_layers", "layers", "{:.1f}"),
+    ("ttft_ms_p50", "TTFT ms", "{:.2f}"),
+    ("tpot_ms_p50", "TPOT ms", "{:.2f}"),
 )
 
 
 def table(records: Sequence[Record]) -> str:
-    """Records as an aligned Markdown table."""
-    rows = [[head for _, head, _ in COLUMNS]]
-    rows += [[form.format(record[key]).replace("%", "") for key, _, form in COLUMNS] for record in records]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    """Records as an aligned Markdown table, with the columns that some record has."""
+    shown = [column for column in COLUMNS if any(column[0] in record for record in records)]
+    rows = [[head for _, head, _ in shown]]
+    for record in records:
+        cells = [form.format(record[key]) if key in record else "" for key, _, form in shown]
+        rows.append([cell.replace("%", "") for cell in cells])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as an aligned Markdown table, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]

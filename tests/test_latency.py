@@ -2,19 +2,32 @@
 
 import numpy as np
 import pytest
-import torch
 
 from backbones import InputError
 from backbones.latency_model import FEATURES, LatencyModel, plan_features
 from eval.bench_engine import encode_noise, llava_like, plan_at
 from eval.latency import Spread, calibrate, measure
-from policies.baselines import RandomPlanner
-from policies.projection import project_to_milliseconds
+from policies.baselines import FullPlanner, RandomPlanner
 from tests.conftest import random_masks
 
 
+class CountingPlanner(FullPlanner):
+    batches = ()
+
+    def plan(self, encoding, budgets_B):
+        self.batches = (*self.batches, tuple(encoding.ids))
+        return super().plan(encoding, budgets_B)
+
+
+def test_measure_times_every_batch_in_each_round(small, source):
+    planner = CountingPlanner(small)
+    measure(small, planner, [[source[0], source[3]], [source[2]]], 1.0, new_tokens=1, repeats=2, warm_up=1)
+    assert planner.batches == (("q0", "q3"), ("q2",)) * 3
+
+
 def test_measure_reports_every_part(small, source):
-    latency = measure(small, RandomPlanner(small), [source[0], source[1]], 0.6, new_tokens=2, repeats=3, warm_up=1)
+    batches = [[source[0], source[1]], [source[2], source[3]]]
+    latency = measure(small, RandomPlanner(small), batches, 0.6, new_tokens=2, repeats=3, warm_up=1)
     for part in ("encode", "controller", "prefill", "ttft", "tpot"):
         spread = getattr(latency, part)
         assert 0 < spread.p50 <= spread.p95
@@ -65,23 +78,6 @@ def test_calibration_measures_and_saves(small, source, tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(InputError, match="no readable latency model"):
             LatencyModel.load(tmp_path / "bad.json")
-
-
-def test_budgets_in_milliseconds_hold_by_the_model(small, source):
-    encoding = small.encode([source[number % 12] for number in range(50)])
-    model = known_model(small)
-    full = model.predict(small, encoding, small.full(encoding))
-    confidence = torch.randn(50, small.layout.size, generator=torch.Generator().manual_seed(0))
-    plans = [
-        project_to_milliseconds(small, small.full(encoding), confidence, share * full, encoding, model)
-        for share in (0.7, 0.9)
-    ]
-    for share, masks in zip((0.7, 0.9), plans, strict=True):
-        spent = model.predict(small, encoding, masks)
-        assert (spent <= share * full).all() and float((spent / full).mean()) > share - 0.15
-    assert not (small.layout.flatten(plans[0]) & ~small.layout.flatten(plans[1])).any()
-    with pytest.raises(InputError, match=r"a budget of 0\.1 ms is below the smallest plan's prefill on here"):
-        project_to_milliseconds(small, small.full(encoding), confidence, torch.full((50,), 0.1), encoding, model)
 
 
 @pytest.mark.parametrize("axis", ["tokens", "layers", "heads", "all"])

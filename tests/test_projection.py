@@ -8,7 +8,7 @@ import torch
 from backbones import EncodingBank, InputError
 from envs.queries import DatasetQueries
 from policies.baselines import FullPlanner, RandomPlanner, random_plans
-from policies.projection import budget_flops, project
+from policies.projection import budget_flops, least_share, project
 from tests.conftest import make_dataset, random_masks
 
 
@@ -80,6 +80,16 @@ def test_an_impossible_budget_is_refused_with_the_least_possible_one(small):
         project(small, small.layout.full(1), confidence, torch.tensor([0.01]), encoding)
     least = float(str(caught.value).rsplit(" ", 1)[1])
     assert project(small, small.layout.full(1), confidence, torch.tensor([least + 1e-4]), encoding)
+
+
+def test_the_least_share_is_accepted_and_a_smaller_one_is_not(backbone):
+    encoding, confidence, _ = draw(backbone, 50, 3)
+    least = least_share(backbone, encoding, controller_flops=1000)
+    everything, full = backbone.layout.full(50), backbone.full_llm_flops(encoding)
+    smallest = project(backbone, everything, confidence, least, encoding, controller_flops=1000)
+    assert torch.equal(backbone.cost(encoding, smallest, 1000).llm, budget_flops(least, full))
+    with pytest.raises(InputError, match="least budget here is"):
+        project(backbone, everything, confidence, least - 1 / full, encoding, controller_flops=1000)
 
 
 def test_random_plans_spend_their_budget_on_every_axis(small, source):
