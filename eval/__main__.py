@@ -1,4 +1,4 @@
-"""``python -m eval``: evaluate policies, measure speed."""
+"""``python -m eval``: evaluate policies, time them, measure speed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
 from backbones import EncodingBank, load_backbone
 from envs import load_queries
 from eval import cli, report
 from eval.bench import bench, bench_table
-from eval.evaluate import check_budgets, evaluate
-from eval.policies import backbone_of, load_planner
+from eval.evaluate import Record, check_budgets, evaluate
+from eval.latency import calibrate, device_name, measure
+from eval.policies import backbone_of, load_planner, load_planners
 from eval.runs import write_atomically
+from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 
 
 @dataclass
@@ -23,6 +26,8 @@ class Run:
     """Evaluate policies over queries and budgets; prints a table.
 
     Example: python -m eval run runs/rl full random --data easy-vqa --budgets 0.25 0.5
+
+    A query that fails (an unreadable image, say) is reported on standard error, counted, and left out for all policies.
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]]
@@ -39,25 +44,107 @@ class Run:
     """Which VLM; by default the one that the runs were trained on."""
     seed: int = 0
     """Of baselines that draw."""
+    timing: int = 0
+    """Also time so many queries, one by one, for each policy and budget: adds time to first token (image, controller
+    and prefill), time per output token and peak memory. 20 give a fair median; leave the machine alone meanwhile."""
+    milliseconds: tuple[float, ...] = ()
+    """Budgets in milliseconds of the language model's prefill, in place of --budgets: each query gets the largest share
+    whose plan is predicted to be fast enough. Needs --latency-model."""
+    latency_model: Path | None = None
+    """What predicts the prefill: a file that python -m eval latency --out wrote on this device."""
     json: Path | None = None
     """Also write the records there."""
     plot: Path | None = None
     """Also draw accuracy over FLOPs there (PNG)."""
 
     def run(self) -> None:
-        if not self.policies:
-            raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m eval run full")
-        check_budgets(self.budgets)
+        self._check()
         backbone = load_backbone(backbone_of(list(self.policies), self.backbone))
-        planners = [load_planner(policy, backbone, self.seed) for policy in self.policies]
+        model = load_latency_model(self.latency_model, backbone) if self.latency_model is not None else None
+        planners = load_planners(self.policies, backbone, self.seed, self.milliseconds, model)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
-        records = [
-            record for planner in planners for record in evaluate(planner, backbone, bank, self.budgets, self.seed)
-        ]
+        records: list[Record] = []
+        for planner in planners:
+            own = evaluate(planner, backbone, bank, self.budgets, self.seed)
+            if self.timing:
+                add_timing(planner, backbone, first_queries(bank, self.timing), own)
+            records += own
         print(report.table(records))
         write_json(self.json, records)
         if self.plot is not None:
             report.plot_tradeoff(records, self.plot)
+
+    def _check(self) -> None:
+        if not self.policies:
+            raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m eval run full")
+        check_budgets(self.budgets)
+        if self.timing < 0:
+            raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
+        if self.milliseconds and self.latency_model is None:
+            command = how_to_calibrate(backbone_of(list(self.policies), self.backbone))
+            raise cli.InputError(f"--milliseconds needs --latency-model FILE; make one with: {command}")
+        if self.latency_model is not None and not self.milliseconds:
+            raise cli.InputError("--latency-model serves --milliseconds; give limits too, e.g. --milliseconds 2.5")
+        check_output("--json", self.json)
+        check_output("--plot", self.plot)
+
+
+@dataclass
+class Latency:
+    """Time policies part by part on this device; with --out, also calibrate a model of the prefill's time.
+
+    Encode is image processing and vision tower, controller what chooses the plan, prefill the language model up to the
+    first answer token; TTFT, the time to first token, is their sum, TPOT the time of each further token. Figures are
+    medians / 95th percentiles in milliseconds a batch.
+
+    Example: python -m eval latency runs/rl full --budgets 0.25 0.5 --out latency.json
+    """
+
+    policies: tyro.conf.Positional[tuple[str, ...]] = ("full", "random")
+    """Run folders, or baselines: full, random."""
+    data: str = "easy-vqa"
+    """Queries: a name, or a path with the columns image, question, answers."""
+    split: str = "test"
+    """train, validation or test."""
+    queries: int = 8
+    """Time the first so many queries."""
+    batch_size: int = 1
+    """Queries at a time; 1 is what a single user waits for."""
+    budgets: tuple[float, ...] = (0.5,)
+    """Shares of the full plan's LLM FLOPs, in (0, 1]."""
+    repeats: int = 10
+    """Measurements of each batch, after warm-up."""
+    backbone: str | None = None
+    """Which VLM; by default the one that the runs were trained on."""
+    seed: int = 0
+    """Of baselines that draw."""
+    out: Path | None = None
+    """Calibrate on random plans of these queries and save the latency model there, for eval run --milliseconds."""
+
+    def run(self) -> None:
+        self._check()
+        backbone = load_backbone(backbone_of(list(self.policies), self.backbone))
+        planners = [load_planner(policy, backbone, self.seed) for policy in self.policies]
+        queries = first_queries(EncodingBank(backbone, load_queries(self.data, self.split)), self.queries)
+        batches = [queries[start : start + self.batch_size] for start in range(0, len(queries), self.batch_size)]
+        rows = []
+        for planner in tqdm(planners, desc="timing", unit="policy"):
+            for budget in self.budgets if planner.budgeted else (1.0,):
+                latency = measure(backbone, planner, batches, budget, repeats=self.repeats)
+                rows.append((planner.name, budget, latency))
+        print(f"{backbone.name} on {device_name(backbone.device)}, {len(queries)} queries, {self.batch_size} a batch")
+        print(latency_table(rows))
+        if self.out is not None:
+            model = calibrate(backbone, queries, progress=True)
+            model.save(self.out)
+            print(f"latency model {self.out}: off by {model.error:.1%} (median) on plans held out of the fit")
+
+    def _check(self) -> None:
+        check_budgets(self.budgets)
+        for option in ("queries", "batch_size", "repeats"):
+            if getattr(self, option) < 1:
+                raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
+        check_output("--out", self.out)
 
 
 @dataclass
@@ -74,20 +161,33 @@ class Bench:
     """Also write the figures there."""
 
     def run(self) -> None:
+        check_output("--json", self.json)
         entries = bench(self.backbone, self.data, self.parts)
         print(bench_table(entries))
         write_json(self.json, entries)
 
 
+def check_output(option: str, path: Path | None) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        InputError: a file that cannot be written for want of a folder.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        problem = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r} to lie in"
+        raise cli.InputError(f"{option} {str(path)!r} {problem}; name a file in a folder that exists")
+
+
 def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise cli.InputError(f"--json {str(path)!r}: the folder {str(path.parent)!r} does not exist")
-    write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
+    if path is not None:
+        write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
 
 
-Command = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Bench, tyro.conf.subcommand("bench")]
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Latency, tyro.conf.subcommand("latency")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
 
 
 def main() -> None:

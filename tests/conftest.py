@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from backbones.families import FAMILIES
 from backbones.families.llava import LlavaFamily
 from backbones.tiny import build_tiny
 from envs.queries import DatasetQueries
+from eval import cli
 from tests.families import BUILDERS, build_family
 
 SHAPES = ((16, 16), (20, 44), (40, 30), (64, 20))
@@ -95,6 +97,23 @@ def make_dataset(count: int = 12, seed: int = 0) -> Dataset:
 @pytest.fixture(scope="session")
 def source() -> DatasetQueries:
     return DatasetQueries(make_dataset(), "made", "train")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A backbone and a data set on disk, as a user brings them."""
+    folder = tmp_path_factory.mktemp("place")
+    backbone = build()
+    backbone.model.save_pretrained(folder / "vlm")
+    backbone.processor.save_pretrained(folder / "vlm")
+    make_dataset(12).save_to_disk(folder / "data")
+    return folder
+
+
+def command(monkeypatch, main, *arguments):
+    """Run a command as from the shell."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    cli.run(main)
 
 
 @pytest.fixture

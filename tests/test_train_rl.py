@@ -1,32 +1,13 @@
 """The command: from options to a run folder, resumed exactly, and clear about bad input."""
 
 import json
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 import eval.__main__ as eval_main
 import train_rl
-from eval import cli
-from tests.conftest import build, make_dataset
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A backbone and a data set on disk, as a user brings them."""
-    folder = tmp_path_factory.mktemp("place")
-    backbone = build()
-    backbone.model.save_pretrained(folder / "vlm")
-    backbone.processor.save_pretrained(folder / "vlm")
-    make_dataset(12).save_to_disk(folder / "data")
-    return folder
-
-
-def command(monkeypatch, main, *arguments):
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    cli.run(main)
-
+from tests.conftest import command
 
 OPTIONS = (
     "--budgets 0.6 1.0 --test-budgets 0.6 1.0 --envs 8 --rollout-steps 2 --batch-size 8 --total-queries 96 "
