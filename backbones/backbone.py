@@ -54,6 +54,7 @@ class Backbone:
         protected_layers: layers that always run in full.
         expected_answer_tokens: answer length at which plans are priced.
         max_visual_tokens: scale images so that none has more visual tokens; for families of dynamic resolution.
+        attention: ``"auto"``, ``"sdpa"``, or ``"flash"`` for FlashAttention-2, which auto takes where it can run.
     """
 
     def __init__(
@@ -65,19 +66,21 @@ class Backbone:
         protected_layers: Sequence[int] = (0,),
         expected_answer_tokens: int = 1,
         max_visual_tokens: int | None = None,
+        attention: str = "auto",
     ):
         self.family, self.name = family, name
         self.model, self.processor = family.model, family.processor
         if max_visual_tokens is not None:
             family.limit_visual_tokens(max_visual_tokens)
         text = self.model.config.text_config
-        self.decoder = MaskedDecoder(family.decoder, self.model.lm_head, heads or text.num_key_value_heads, width)
+        slots = heads or text.num_key_value_heads
+        self.decoder = MaskedDecoder(family.decoder, self.model.lm_head, slots, width, attention)
         self.layout = MaskLayout(
             family.most_visual_tokens, text.num_hidden_layers, self.decoder.slots, tuple(protected_layers)
         )
         self.hidden = text.hidden_size
         self.expected_answer_tokens = expected_answer_tokens
-        self._prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
+        self.prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
         self._decode_ids = lru_cache(maxsize=65536)(self._detokenize)
 
     @property
@@ -131,7 +134,7 @@ class Backbone:
         self, batch: Any, features: Sequence[Tensor], ids: Sequence[str] | None = None
     ) -> list[EncodedImage]:
         """Encoded images from the processor's batch and their visual tokens (n, D)."""
-        before, after = self._prompt_ids("")
+        before, after = self.prompt_ids("")
         encoded = []
         for row, visual_nD in enumerate(features):
             prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
@@ -250,7 +253,7 @@ class Backbone:
         prompts = []
         for row, question in enumerate(questions):
             try:
-                prompts.append(self._prompt_ids(question))
+                prompts.append(self.prompt_ids(question))
             except InputError as error:
                 raise InputError(f"{_called(ids, row)}: {error}") from error
         return prompts

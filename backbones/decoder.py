@@ -14,20 +14,20 @@ R rotary position components, t new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.attention import attend_to_cache, attend_within_rows, check_kernel, to_heads
 from backbones.blocks import Block, LayerPlan, cut_blocks
 from backbones.cost import DecoderShape
 from backbones.errors import InputError
 from backbones.kv_cache import CachedBlock, KVCache
 from backbones.masks import Masks
 from backbones.ragged import Ragged
+from backbones.sliced_linear import sliced_inputs, sliced_outputs
 
 WIDTHS = ("heads+mlp", "heads")
 
@@ -40,16 +40,24 @@ class MaskedDecoder:
         slots: H, head slots per layer; the query heads are cut into H equal groups. Several slots may share a
             key-value head, which is dropped when all of them are.
         width: ``"heads+mlp"`` (a slot takes its slice of the MLP with it) or ``"heads"``.
+        attention: ``"auto"``, ``"sdpa"`` or ``"flash"``; auto takes FlashAttention-2 where it is installed and can run.
 
     Raises:
         InputError: a number of slots that neither divides the key-value heads nor cuts each of their groups of query
             heads evenly.
     """
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Linear, slots: int, width: str = "heads+mlp"):
+    def __init__(
+        self,
+        language_model: nn.Module,
+        lm_head: nn.Linear,
+        slots: int,
+        width: str = "heads+mlp",
+        attention: str = "auto",
+    ):
         self.model: Any = language_model
         self.lm_head = lm_head
-        self.width = width
+        self.width, self.attention = width, check_kernel(attention)
         config: Any = self.model.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         if slots < 1 or heads % slots or (kv_heads % slots and slots % kv_heads):
@@ -141,45 +149,38 @@ class MaskedDecoder:
         if not blocks:
             return x_PD
         normed_PD = layer.input_layernorm(x_PD)
-        growing = bool(cached)
+        filling = cached if cached is not None and not cached else None
         updates = []
         for number, block in enumerate(blocks):
             part, index = (ragged, None) if block.rows is None else ragged.select(block.rows)
             h, cos, sin = (v if index is None else v[index] for v in (normed_PD, *rope))
-            q, k, v = self._project(layer.self_attn, block.slots, h, cos, sin, part)
-            mask = None
-            if growing:
-                assert cached is not None
+            q, k, v = self._project(layer.self_attn, block.slots, h, cos, sin)
+            scale = layer.self_attn.scaling
+            if cached is not None and filling is None:
+                q, k, v = (to_heads(x, part) for x in (q, k, v))
                 k, v, mask = cached[number].append(k, v)
-            elif cached is not None:
-                cached.append(CachedBlock(k, v, part))
-            k, v = self._share(k, block.slots), self._share(v, block.slots)
-            # Rows are padded at the end, so under the causal rule no token sees a padded place.
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                mask,
-                is_causal=not growing,
-                scale=layer.self_attn.scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            out_PW = part.unpad(out.transpose(1, 2).flatten(2))
+                out = attend_to_cache(q, self._share(k, block.slots), self._share(v, block.slots), mask, scale)
+                out_PW = out.flatten(0, 1).flatten(1)
+            else:
+                if filling is not None:
+                    filling.append(CachedBlock(to_heads(k, part), to_heads(v, part), part))
+                k, v = self._share(k, block.slots), self._share(v, block.slots)
+                out_PW = attend_within_rows(q, k, v, part, scale, self.attention).flatten(1)
             columns = self._columns(block.slots, self.query_heads)
-            updates.append((index, _linear_columns(layer.self_attn.o_proj, out_PW, columns)))
+            updates.append((index, sliced_inputs(layer.self_attn.o_proj, out_PW, columns)))
         return _add_updates(x_PD, updates)
 
     def _project(
-        self, attention: Any, slots: tuple[int, ...], h_PD: Tensor, cos_PW: Tensor, sin_PW: Tensor, ragged: Ragged
+        self, attention: Any, slots: tuple[int, ...], h_PD: Tensor, cos_PW: Tensor, sin_PW: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of some slots, keys and values of their groups, each (b, heads, S, head width)."""
+        """Queries of some slots, keys and values of their groups, each (P, heads, head width)."""
         columns = self._columns(slots, self.query_heads)
         kv_columns = self._columns(self._groups_of(slots), self.kv_heads)
-        q = self._rotate(_linear_rows(attention.q_proj, h_PD, columns), cos_PW, sin_PW)
-        k = self._rotate(_linear_rows(attention.k_proj, h_PD, kv_columns), cos_PW, sin_PW)
-        v = _linear_rows(attention.v_proj, h_PD, kv_columns)
-        q, k, v = (ragged.pad(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for x in (q, k, v))
-        return q, k, v
+        projections = ((attention.q_proj, columns), (attention.k_proj, kv_columns), (attention.v_proj, kv_columns))
+        q, k, v = (
+            sliced_outputs(linear, h_PD, ranges).unflatten(-1, (-1, self.head_width)) for linear, ranges in projections
+        )
+        return _rotate(q, cos_PW, sin_PW), _rotate(k, cos_PW, sin_PW), v
 
     def _columns(self, units: tuple[int, ...], heads: int) -> list[tuple[int, int]]:
         """Projection columns of slots or groups that have ``heads`` heads each."""
@@ -190,7 +191,7 @@ class MaskedDecoder:
         return tuple(sorted({slot // self.slots_per_group for slot in slots}))
 
     def _share(self, x: Tensor, slots: tuple[int, ...]) -> Tensor:
-        """Keys or values (b, KV heads, S, W) as these slots' query heads need them.
+        """Keys or values (…, KV heads, …) as these slots' query heads need them; the heads are the second axis.
 
         Where every group serves equally many slots, attention itself repeats them; else they are repeated here.
         """
@@ -211,8 +212,8 @@ class MaskedDecoder:
             index = None if block.rows is None else ragged.select(block.rows)[1]
             h = normed_PD if index is None else normed_PD[index]
             columns = [self.mlp_cuts[slot] for slot in block.slots]
-            inner = mlp.act_fn(_linear_rows(mlp.gate_proj, h, columns)) * _linear_rows(mlp.up_proj, h, columns)
-            updates.append((index, _linear_columns(mlp.down_proj, inner, columns)))
+            inner = mlp.act_fn(sliced_outputs(mlp.gate_proj, h, columns)) * sliced_outputs(mlp.up_proj, h, columns)
+            updates.append((index, sliced_inputs(mlp.down_proj, inner, columns)))
         return _add_updates(x_PD, updates)
 
     def _plan_layers(self, masks: Masks) -> list[LayerPlan]:
@@ -240,35 +241,12 @@ class MaskedDecoder:
         cos, sin = self.model.rotary_emb(x_PD[None], positions)
         return cos[0], sin[0]
 
-    def _rotate(self, x_PW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
-        """Rotary embedding of packed heads, (P, heads * head width)."""
-        x = x_PW.unflatten(-1, (-1, self.head_width))
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return (x * cos_PW[:, None] + turned * sin_PW[:, None]).flatten(1)
 
-
-def _linear_rows(linear: nn.Linear, x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Some output columns of a linear layer: its weight's rows in ``ranges`` (ascending, disjoint)."""
-    bias = linear.bias
-    if _adjacent(ranges):
-        rows = slice(ranges[0][0], ranges[-1][1])
-        return F.linear(x, linear.weight[rows], None if bias is None else bias[rows])
-    weight = torch.cat([linear.weight[start:stop] for start, stop in ranges])
-    return F.linear(x, weight, None if bias is None else torch.cat([bias[start:stop] for start, stop in ranges]))
-
-
-def _linear_columns(linear: nn.Linear, x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """A linear layer on inputs of which only ``ranges`` (ascending, disjoint) exist."""
-    if linear.bias is not None:
-        raise InputError("output projections with a bias are not supported: slots could not share it")
-    if _adjacent(ranges):
-        return F.linear(x, linear.weight[:, ranges[0][0] : ranges[-1][1]])
-    return F.linear(x, torch.cat([linear.weight[:, start:stop] for start, stop in ranges], dim=1))
-
-
-def _adjacent(ranges: Sequence[tuple[int, int]]) -> bool:
-    return all(left[1] == right[0] for left, right in pairwise(ranges))
+def _rotate(x_PHW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
+    """Rotary embedding of packed heads."""
+    first, second = x_PHW.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_PHW * cos_PW[:, None] + turned * sin_PW[:, None]
 
 
 def _add_updates(x_PD: Tensor, updates: list[tuple[Tensor | None, Tensor]]) -> Tensor:

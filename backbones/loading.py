@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def load_backbone(
     """Load a backbone in evaluation mode, its weights frozen.
 
     Args:
-        name: ``"tiny"`` (embedded), a local folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``.
+        name: ``"tiny"`` (embedded), a local folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``. A folder of
+            LoRA adapters, as ``train_backbone.py`` saves them, is merged into the model it was trained on.
         dtype: of the weights.
         device: where to run.
         **options: of ``Backbone``: ``heads``, ``width``, ``protected_layers``, ``max_visual_tokens``, …
@@ -40,6 +42,8 @@ def load_backbone(
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
     _check_placement(dtype, device)
+    adapters = where
+    where = _base_of(where, name)
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
@@ -53,11 +57,25 @@ def load_backbone(
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
         processor = load_processor(where)
+        if adapters != where:
+            from peft import PeftModel  # takes seconds to import, and few need it
+
+            model = PeftModel.from_pretrained(model, adapters).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {name!r} could not be loaded ({reason})") from error
     model.requires_grad_(False)
     return Backbone(family(model.to(device).eval(), processor), name, **options)
+
+
+def _base_of(where: str | Path, name: str) -> str | Path:
+    """Where the weights are: the place itself, or, if it holds adapters, the model that they were trained on."""
+    if not isinstance(where, Path) or not (where / "adapter_config.json").is_file():
+        return where
+    try:
+        return str(json.loads((where / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise InputError(f"backbone {name!r} has an unreadable adapter_config.json ({error!r})") from error
 
 
 def _check_placement(dtype: torch.dtype, device: torch.device | str) -> None:

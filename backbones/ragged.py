@@ -33,6 +33,11 @@ class Ragged:
         return self.lengths.cumsum(0) - self.lengths
 
     @cached_property
+    def bounds(self) -> Tensor:
+        """(B + 1,) int32 packed index at which each row begins, and the end; what FlashAttention asks for."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).int().to(self.device)
+
+    @cached_property
     def last(self) -> Tensor:
         """(B,) packed index of each row's last token."""
         return (self.starts + self.lengths - 1).to(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from backbones.encoding import Query, no_image
 from backbones.errors import InputError
+from envs.scenes import scenes
 
 COLUMNS = ("image", "question", "answers")
 SPLITS = ("train", "validation", "test")
@@ -64,23 +66,35 @@ class DatasetQueries:
         Raises:
             InputError: a query without an image.
         """
-        image = self._stored_image(number)
-        if image["path"] is not None and image["bytes"] is None:
-            return image["path"]
-        return hashlib.blake2b(image["bytes"], digest_size=16).digest()
+        return _key(self._stored_image(number))
+
+    def by_image(self) -> list[list[int]]:
+        """The numbers of the queries that show the same image, image by image in the order of first use; queries
+        without an image are left out."""
+        groups: dict[Hashable, list[int]] = {}
+        for start in range(0, len(self), 4096):
+            for number, image in enumerate(self._images[start : start + 4096]["image"], start):
+                if image is not None:
+                    groups.setdefault(_key(image), []).append(number)
+        return list(groups.values())
 
     def head(self, limit: int | None) -> DatasetQueries:
         """The first ``limit`` queries, or all."""
-        if limit is None or limit >= len(self):
-            return self
+        return self if limit is None or limit >= len(self) else self._slice(slice(0, limit, 1))
+
+    def spread(self, limit: int) -> DatasetQueries:
+        """At most ``limit`` queries, evenly spaced over all."""
+        return self._slice(slice(0, len(self), -(-len(self) // limit)))
+
+    def _slice(self, rows: slice) -> DatasetQueries:
         part = object.__new__(DatasetQueries)
-        part.name, part.split, part._images = self.name, self.split, self._images
-        part._questions, part._answers = self._questions[:limit], self._answers[:limit]
-        part._ids = self._ids[:limit]
+        part.name, part.split = self.name, self.split
+        part._images = self._images.select(range(len(self))[rows])
+        part._questions, part._answers, part._ids = self._questions[rows], self._answers[rows], self._ids[rows]
         return part
 
     def _stored_image(self, number: int) -> dict[str, Any]:
-        image = self._images[number]
+        image = self._images[number]["image"]
         if image is None or (image["path"] is None and image["bytes"] is None):
             raise no_image(self._ids[number])
         return image
@@ -99,15 +113,24 @@ class DatasetQueries:
             ) from error
 
 
-def _undecoded_images(dataset: datasets.Dataset, name: str) -> Any:
-    """The column ``image`` as stored: an unreadable image is met, and named, only when its own query is asked for."""
+def _undecoded_images(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+    """The column ``image`` as stored: an unreadable image is met, and named, only when its own query is asked for.
+
+    A data set of its own: a ``datasets.Column`` reads whole rows, a hundred times as slowly.
+    """
     try:
-        return dataset.cast_column("image", datasets.Image(decode=False)).with_format(None)["image"]
+        return dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False)).with_format(None)
     except (TypeError, ValueError, NotImplementedError) as error:  # what datasets and Arrow raise
         raise InputError(
             f"data {name!r}: the column 'image' is {dataset.features['image']}; it must hold one image a row, several "
             "images a query are not supported"
         ) from error
+
+
+def _key(image: dict[str, Any]) -> Hashable:
+    if image["path"] is not None and image["bytes"] is None:
+        return image["path"]
+    return hashlib.blake2b(image["bytes"], digest_size=16).digest()
 
 
 def _answer_tuple(answers: Any, name: str, row: int) -> tuple[str, ...]:
@@ -135,15 +158,16 @@ def easy_vqa(split: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-NAMED: dict[str, Callable[[str], datasets.Dataset]] = {"easy-vqa": easy_vqa}
+NAMED: dict[str, Callable[..., datasets.Dataset]] = {"easy-vqa": easy_vqa, "scenes": scenes}
 
 
 def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None = None) -> DatasetQueries:
     """Queries by name or local path.
 
     Args:
-        data: a name (``easy-vqa``) or a path: a ``save_to_disk`` folder, a parquet or JSON-lines file, an image
-            folder with ``metadata.jsonl``, or a folder with one such file per split.
+        data: a name (``easy-vqa``, ``scenes``, ``scenes:size=128,seed=3``) or a path: a ``save_to_disk`` folder, a
+            parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder with one such file per
+            split; or several joined by ``+``.
         split: ``train``, ``validation`` or ``test``.
         limit: keep this many queries at most.
 
@@ -154,13 +178,39 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
-    if data in NAMED:
-        dataset = NAMED[data](split)
-    elif Path(data).exists():
-        dataset = _load_path(Path(data), split)
-    else:
-        raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
-    return DatasetQueries(dataset, data, split).head(limit)
+    whole = not Path(data).exists() and "+" in data
+    parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
+    if len(parts) > 1:
+        parts = [_with_ids(part).select_columns(["id", *COLUMNS]) for part in parts]
+    return DatasetQueries(datasets.concatenate_datasets(parts), data, split).head(limit)
+
+
+def _load(data: str, split: str) -> datasets.Dataset:
+    """One data set by name, perhaps with options as in ``scenes:size=128,seed=3``, or by path."""
+    name, _, options = data.partition(":")
+    if name in NAMED:
+        return NAMED[name](split, **_parse_options(NAMED[name], name, options))
+    if Path(data).exists():
+        return _load_path(Path(data), split)
+    raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
+
+
+def _parse_options(maker: Callable[..., datasets.Dataset], name: str, options: str) -> dict[str, int]:
+    known = [option for option in inspect.signature(maker).parameters if option != "split"]
+    parsed = {}
+    for option in options.split(",") if options else []:
+        key, _, value = option.partition("=")
+        if key not in known or not value.isdecimal():
+            have = f"its options are whole numbers for {', '.join(known)}" if known else "it has no options"
+            raise InputError(f"data {name!r} has no option {option!r}; {have}")
+        parsed[key] = int(value)
+    return parsed
+
+
+def _with_ids(dataset: datasets.Dataset) -> datasets.Dataset:
+    if "id" in dataset.column_names:
+        return dataset
+    return dataset.add_column("id", [str(row) for row in range(len(dataset))])
 
 
 def _load_path(path: Path, split: str) -> datasets.Dataset:

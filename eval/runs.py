@@ -100,6 +100,11 @@ class RunFolder:
         lines = [json.dumps(line) + "\n" for line in self.metrics()[:keep]]
         write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
 
+    def drop_metrics_after(self, step: int) -> None:
+        """Drop the lines of later steps than the one that a run resumes from."""
+        lines = [json.dumps(line) + "\n" for line in self.metrics() if line.get("step", 0) <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+
     def write_result(self, records: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
 

@@ -1,0 +1,159 @@
+"""Every question that can be asked of a scene, by kind, each with its answer and the objects it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import permutations, product
+
+SHAPES = ("circle", "square", "triangle")
+COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
+
+APART = 0.1
+"""How far, in image sides, one thing must lie beyond another to be called left of it, or above it."""
+
+
+@dataclass(frozen=True)
+class Object:
+    """One thing in a scene; centre in image sides from the top left."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer, its kind, and the objects one must see to answer it.
+
+    Attributes:
+        template: the question without the names in it; answers are balanced within a template.
+    """
+
+    text: str
+    answer: str
+    kind: str
+    template: str
+    about: tuple[Object, ...]
+
+
+def _question(kind: str, template: str, answer: str, about: tuple[Object, ...], **names: str) -> Question:
+    return Question(template.format(**names), answer, kind, template, about)
+
+
+Asker = Callable[[list[Object]], list[Question]]
+
+
+def _named_once(objects: list[Object]) -> list[Object]:
+    """The objects whose colour and shape no other has."""
+    return [o for o in objects if sum(other.name == o.name for other in objects) == 1]
+
+
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def exists(objects: list[Object]) -> list[Question]:
+    """Whether there is a thing: asked of what is there, and of what differs from something there in one respect."""
+    names = {o.name for o in objects}
+    near = {f"{c} {o.shape}" for o in objects for c in COLORS} | {f"{o.color} {s}" for o in objects for s in SHAPES}
+    questions = []
+    for name in sorted(near):
+        about = tuple(o for o in objects if o.name == name) or tuple(objects)
+        questions.append(_question("exists", "is there a {name}?", _yes_no(name in names), about, name=name))
+    return questions
+
+
+def attribute(objects: list[Object]) -> list[Question]:
+    """The colour, shape or size of a thing that other properties single out."""
+    questions = []
+    for o in objects:
+        if sum(other.shape == o.shape for other in objects) == 1:
+            questions.append(_question("attribute", "what color is the {shape}?", o.color, (o,), shape=o.shape))
+        if sum(other.color == o.color for other in objects) == 1:
+            questions.append(_question("attribute", "what shape is the {color} thing?", o.shape, (o,), color=o.color))
+    return questions + [
+        _question("attribute", "what size is the {name}?", o.size, (o,), name=o.name) for o in _named_once(objects)
+    ]
+
+
+def count(objects: list[Object]) -> list[Question]:
+    """How many there are of a shape or of a colour, up to three."""
+    groups = [("{shape}s", shape, [o for o in objects if o.shape == shape]) for shape in SHAPES]
+    groups += [("{color} things", color, [o for o in objects if o.color == color]) for color in COLORS]
+    return [
+        _question(
+            "count",
+            f"how many {what} are there?",
+            str(len(group)),
+            tuple(group) or tuple(objects),
+            shape=value,
+            color=value,
+        )
+        for what, value, group in groups
+        if len(group) <= 3
+    ]
+
+
+def compare(objects: list[Object]) -> list[Question]:
+    """More of one shape than of another; one thing larger than another."""
+    questions = []
+    for first, second in permutations(SHAPES, 2):
+        ours, theirs = ([o for o in objects if o.shape == shape] for shape in (first, second))
+        about = (*ours, *theirs) or tuple(objects)
+        more = _yes_no(len(ours) > len(theirs))
+        questions.append(_question("compare", "are there more {a}s than {b}s?", more, about, a=first, b=second))
+    for a, b in permutations(_named_once(objects), 2):
+        larger = _yes_no(a.size == "large" and b.size == "small")
+        questions.append(_question("compare", "is the {a} larger than the {b}?", larger, (a, b), a=a.name, b=b.name))
+    return questions
+
+
+SIDES = ("left of", "right of", "above", "below")
+
+
+def _gap(o: Object, anchor: Object, side: str) -> float:
+    """How far ``o`` lies on that side of ``anchor``, in image sides; negative on the other side."""
+    across, down = o.x - anchor.x, o.y - anchor.y
+    return {"left of": -across, "right of": across, "above": -down, "below": down}[side]
+
+
+def relation(objects: list[Object]) -> list[Question]:
+    """Whether one thing is left of, right of, above or below another; never asked where it is close."""
+    return [
+        _question(
+            "relation", f"is the {{a}} {side} the {{b}}?", _yes_no(_gap(a, b, side) > 0), (a, b), a=a.name, b=b.name
+        )
+        for (a, b), side in product(permutations(_named_once(objects), 2), SIDES)
+        if abs(_gap(a, b, side)) >= APART
+    ]
+
+
+def two_hop(objects: list[Object]) -> list[Question]:
+    """The colour or shape of the only thing on one side of another."""
+    questions = []
+    for anchor, side in product(_named_once(objects), SIDES):
+        others = [o for o in objects if o is not anchor]
+        beyond = [o for o in others if _gap(o, anchor, side) > 0]
+        if len(beyond) == 1 and all(abs(_gap(o, anchor, side)) >= APART for o in others):
+            about = (anchor, beyond[0])
+            for what, answer in (("color", beyond[0].color), ("shape", beyond[0].shape)):
+                template = f"what {what} is the thing {side} the {{name}}?"
+                questions.append(_question("two-hop", template, answer, about, name=anchor.name))
+    return questions
+
+
+ASKERS: dict[str, Asker] = {
+    "exists": exists,
+    "attribute": attribute,
+    "count": count,
+    "compare": compare,
+    "relation": relation,
+    "two-hop": two_hop,
+}

@@ -1,0 +1,241 @@
+"""Elastic training: a VLM learns to answer under random plans, so that dropping parts costs accuracy gradually.
+
+As AdaLLaVA (Xu et al., ICCV 2025) tunes its language model under random schedules, but in all three dimensions, and
+with what is dropped really absent. Every query runs in full and under a random plan: both rows learn the answer, and
+the pruned row also learns the full row's distribution (in-place distillation; Yu and Huang, ICCV 2019).
+
+Shape legend: T answer tokens of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+from trl import SFTConfig, SFTTrainer
+
+from backbones.backbone import Backbone
+from backbones.encoding import EncodedImage, QuerySource
+from backbones.errors import InputError
+from backbones.masks import Masks
+from backbones.shared_prefix import answer_logits, can_share
+from policies.baselines import random_plans
+from policies.projection import least_share
+
+
+@dataclass(frozen=True)
+class ElasticSettings:
+    """What an elastic training does beyond a plain one.
+
+    Attributes:
+        plain_steps: steps with the full plan only, before random plans join.
+        budgets: random plans' budgets are uniform between these.
+        seed: of the plans.
+    """
+
+    plain_steps: int = 0
+    budgets: tuple[float, float] = (0.1, 1.0)
+    seed: int = 0
+
+
+class Collator:
+    """Rows that number the queries of an image, made into a batch: pixels, questions, answers' ids.
+
+    Args:
+        backbone: its processor prepares images and answers.
+        queries: numbered by the rows' ``queries``; those of a row show the same image.
+    """
+
+    def __init__(self, backbone: Backbone, queries: QuerySource):
+        self.backbone, self.queries = backbone, queries
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        images = [self.queries[row["queries"][0]].image for row in rows]
+        texts = [[self.queries.text(number) for number in row["queries"]] for row in rows]
+        return {
+            "pixels": dict(self.backbone.family.process(images, [self.backbone.prompt("")] * len(images))),
+            "questions": [[question for _, question, _ in row] for row in texts],
+            "answers": [[self._ids(id, accepted) for id, _, accepted in row] for row in texts],
+        }
+
+    def _ids(self, id: str, accepted: tuple[str, ...]) -> list[int]:
+        """Ids of the answer to learn: the most frequent of the accepted ones."""
+        if not accepted:
+            raise InputError(f"query {id!r} has no answers; training needs one")
+        answer = max(accepted, key=accepted.count)
+        ids = self.backbone.answer_ids(answer)
+        if not ids or self.backbone.processor.tokenizer.unk_token_id in ids:
+            raise InputError(
+                f"query {id!r}: the tokenizer cannot represent the answer {answer!r}; leave the query out, or train "
+                "with a tokenizer that has its words"
+            )
+        return ids
+
+
+class ElasticTrainer(SFTTrainer):
+    """TRL's supervised fine-tuning of a VLM, with the next-token loss taken under random plans.
+
+    Batches, optimiser, schedule, adapters, several processes (Accelerate) and checkpoints are TRL's; the loss is ours.
+
+    Args:
+        backbone: trained in place.
+        queries: what the draws number.
+        draws: one row an image and step, in order, with the column ``queries``.
+        settings: plain steps, budgets, seed.
+        args: TRL's.
+        peft_config: train adapters (``lora_config``) and leave the weights; without it, all weights.
+        **options: of ``SFTTrainer``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        queries: QuerySource,
+        draws: datasets.Dataset,
+        settings: ElasticSettings,
+        args: SFTConfig,
+        peft_config: LoraConfig | None = None,
+        **options: Any,
+    ):
+        self.backbone, self.settings = backbone, settings
+        processor = backbone.processor
+        super().__init__(
+            model=backbone.model,
+            args=args,
+            data_collator=Collator(backbone, queries),
+            train_dataset=draws,
+            processing_class=processor if isinstance(processor, ProcessorMixin) else processor.tokenizer,
+            peft_config=peft_config,
+            **options,
+        )
+        # Several processes synchronise gradients in the wrapped model's forward, so the losses must be computed there.
+        backbone.model.forward = self.losses
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum of the parts; each part is logged."""
+        step = self.state.global_step
+        plans_from = None if step < self.settings.plain_steps else step
+        parts = model(**inputs, plans_from=plans_from)
+        total = torch.stack(list(parts.values())).sum()
+        if not torch.isfinite(total):
+            raise InputError(
+                f"the loss is {total.item()} at step {step}; lower --learning-rate (now {self.args.learning_rate:g})"
+            )
+        for name, part in parts.items():
+            self._metrics["train"][name].append(part.item())
+        return (total, parts) if return_outputs else total
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights as ``from_pretrained`` reads them: the trainer itself takes the file's names for the model's own, and
+        Hugging Face keeps the names of older releases in files."""
+        model = self.model if model is None else model
+        if isinstance(model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            stored = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(stored.state_dict())
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: Hugging Face's rule of thumb knows nothing of plans."""
+        return 0
+
+    def losses(
+        self,
+        pixels: dict[str, Tensor],
+        questions: list[list[str]],
+        answers: list[list[list[int]]],
+        plans_from: int | None,
+    ) -> dict[str, Tensor]:
+        """The parts of a batch's loss.
+
+        Args:
+            pixels: the processor's batch of images.
+            questions: of each image.
+            answers: of each question, as ids.
+            plans_from: the step whose random plans join; None: the full plan only.
+        """
+        features = self.backbone.family.features(pixels)
+        images = self.backbone.read_batch(pixels, features)
+        end = self.backbone.processor.tokenizer.eos_token_id
+        targets_T = torch.tensor(
+            [token for row in answers for ids in row for token in [*ids, end]], device=features[0].device
+        )
+        if plans_from is None and can_share(self.backbone):
+            return {"full": F.cross_entropy(answer_logits(self.backbone, images, questions, answers), targets_T)}
+        rows = AnsweredRows(
+            [image for image, row in zip(images, questions, strict=True) for _ in row],
+            [question for row in questions for question in row],
+            [ids for row in answers for ids in row],
+        )
+        full = self.backbone.layout.full(len(rows.images), targets_T.device)
+        if plans_from is None:
+            return {"full": F.cross_entropy(rows.logits(self.backbone, full), targets_T)}
+        with torch.no_grad():
+            plans = self._random_plans(rows, plans_from)
+        both = AnsweredRows(rows.images * 2, rows.questions * 2, rows.answers * 2)
+        return distillation_losses(*both.logits(self.backbone, Masks.cat([full, plans])).chunk(2), targets_T)
+
+    def _random_plans(self, rows: AnsweredRows, step: int) -> Masks:
+        """A plan a row at a random budget (the smallest plan where that costs more); they follow from the seed, the
+        step and the process."""
+        settings = self.settings
+        seed = (settings.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(seed)
+        low, high = settings.budgets
+        budgets_B = low + (high - low) * torch.rand(len(rows.images), generator=generator, dtype=torch.float64)
+        encoding = self.backbone.assemble(rows.images, rows.questions)
+        least_B = least_share(self.backbone, encoding).cpu()
+        return random_plans(self.backbone, encoding, budgets_B.maximum(least_B), generator)
+
+
+@dataclass(frozen=True)
+class AnsweredRows:
+    """Queries with the ids of their answers, one sequence each."""
+
+    images: list[EncodedImage]
+    questions: list[str]
+    answers: list[list[int]]
+
+    def logits(self, backbone: Backbone, masks: Masks) -> Tensor:
+        """Logits (T, V) at the places that predict each answer's tokens and its end, under a plan a row."""
+        encoding = backbone.assemble(self.images, self.questions, continuations=self.answers)
+        masks = backbone.restrict(encoding, masks)
+        x_PD, ragged, rope_PR = backbone.pack(encoding, masks)
+        hidden_PD, _ = backbone.decoder.prefill(x_PD, ragged, rope_PR, masks)
+        places = [
+            last - torch.arange(len(ids), -1, -1, device=last.device)
+            for last, ids in zip(ragged.last, self.answers, strict=True)
+        ]
+        return backbone.model.lm_head(hidden_PD[torch.cat(places)])
+
+
+def distillation_losses(full_TV: Tensor, pruned_TV: Tensor, targets_T: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of both, and the pruned rows' divergence from the full ones, which take no gradient from it."""
+    teacher_TV = full_TV.detach().log_softmax(-1)
+    return {
+        "full": F.cross_entropy(full_TV, targets_T),
+        "pruned": F.cross_entropy(pruned_TV, targets_T),
+        "divergence": F.kl_div(pruned_TV.log_softmax(-1), teacher_TV, reduction="batchmean", log_target=True),
+    }
+
+
+def lora_config(backbone: Backbone, rank: int) -> LoraConfig:
+    """Adapters of a rank on every linear layer that plans cut: the decoder's attention and MLP projections.
+
+    Raises:
+        InputError: a rank below 1.
+    """
+    if rank < 1:
+        raise InputError(f"LoRA rank is {rank}; it must be at least 1")
+    projections = {module for module in backbone.family.decoder.layers.modules() if isinstance(module, nn.Linear)}
+    names = [name for name, module in backbone.model.named_modules() if module in projections]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=names)
