@@ -23,7 +23,7 @@ from trl import SFTConfig
 from backbones import Backbone, EncodingBank, InputError, load_backbone
 from backbones.families.llava import LlavaFamily
 from backbones.tiny import build_tiny
-from backbones.tiny_vision import answer_labels, train_vision
+from backbones.tiny_vision import said_labels, train_vision
 from envs.queries import DatasetQueries, load_queries
 from envs.scoring import reference
 from eval import cli
@@ -152,7 +152,8 @@ def prepare_vision(config: BackboneConfig, backbone: Backbone, queries: DatasetQ
         images = [queries[groups[group][0]].image for group in picked]
         return backbone.family.process(images, [backbone.prompt("")] * len(images))
 
-    labels = answer_labels([{reference(queries.text(number)[2]) for number in group} for group in groups])
+    texts = [[queries.text(number) for number in group] for group in groups]
+    labels = said_labels([[(question, reference(accepted)) for _, question, accepted in own] for own in texts])
     return train_vision(backbone, pixels, labels, config.vision_steps, config.vision_images, config.seed)
 
 

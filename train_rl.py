@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
-from backbones import Backbone, EncodingBank, load_backbone
+from backbones import Backbone, EncodingBank
 from envs import MaskingCore, MaskingVecEnv, load_queries
 from envs.sb3_env import info_columns
 from eval import cli, report
@@ -36,7 +36,7 @@ from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
 
 
 @dataclasses.dataclass
-class RLConfig:
+class RLConfig(cli.Placement):
     """Train a controller that decides, for each query and budget, which visual tokens, attention heads and layers a
     vision-language model computes. Ends with a table on the test split and a run folder."""
 
@@ -116,7 +116,7 @@ class RLConfig:
 
 def build(config: RLConfig) -> tuple[PPO, MaskingVecEnv]:
     """The environment, and PPO on it with the two-level policy."""
-    backbone = load_backbone(config.backbone)
+    backbone = config.load(config.backbone)
     sizes = ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=config.width)
     core = MaskingCore(
         backbone,

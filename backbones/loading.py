@@ -41,7 +41,7 @@ def load_backbone(
     where: str | Path = folder if looks_local else name
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
-    _check_placement(dtype, device)
+    check_placement(dtype, device)
     adapters = where
     where = _base_of(where, name)
     try:
@@ -78,7 +78,12 @@ def _base_of(where: str | Path, name: str) -> str | Path:
         raise InputError(f"backbone {name!r} has an unreadable adapter_config.json ({error!r})") from error
 
 
-def _check_placement(dtype: torch.dtype, device: torch.device | str) -> None:
+def check_placement(dtype: torch.dtype, device: torch.device | str) -> None:
+    """Refuse a dtype that is none and a device that is not there.
+
+    Raises:
+        InputError: naming it.
+    """
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype is {dtype!r}; it must be a torch dtype, such as torch.float32")
     try:

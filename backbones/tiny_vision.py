@@ -1,13 +1,14 @@
-"""First lessons for a vision tower that starts from random weights: which answers belong to an image.
+"""First lessons for a vision tower that starts from random weights: what is said of an image.
 
 Without them the language model learns the questions long before it looks.
 
-Shape legend: B images, N visual tokens, D hidden width, K answers.
+Shape legend: B images, N visual tokens, D hidden width, K words and pairs.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,30 +19,45 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backbones.backbone import Backbone
+from backbones.wording import words_and_pairs
 
 
-def answer_labels(answers: Sequence[set[str]]) -> Tensor:
-    """(images, K) float: which answers, yes and no aside, belong to the questions about an image."""
-    words = [own - {"yes", "no"} for own in answers]
-    column = {word: place for place, word in enumerate(sorted(set().union(*words)))}
-    labels = torch.zeros(len(words), len(column))
-    for row, own in enumerate(words):
-        labels[row, [column[word] for word in own]] = 1.0
+def said_labels(said: Sequence[Sequence[tuple[str, str]]], least: float = 0.004, most: float = 0.6) -> Tensor:
+    """(images, K) float: which words and pairs of words are said of an image.
+
+    Said are the questions that are not denied, and their answers: "is there a red circle?" speaks of a red circle
+    unless the answer is no. It is noisy, for much that is there is not spoken of, but pairs tell which color has which
+    shape.
+
+    Args:
+        said: of each image, questions and answers.
+        least, most: words and pairs count that are said of at least and at most these shares of the images.
+    """
+    items = [
+        {item for question, answer in own if answer != "no" for item in [*words_and_pairs(question), answer]}
+        for own in said
+    ]
+    counts = Counter(item for own in items for item in own)
+    kept = sorted(item for item, count in counts.items() if least <= count / len(said) <= most)
+    column = {item: place for place, item in enumerate(kept)}
+    labels = torch.zeros(len(said), len(column))
+    for row, own in enumerate(items):
+        labels[row, [column[item] for item in own if item in column]] = 1.0
     return labels
 
 
 def train_vision(
     backbone: Backbone, pixels: Callable[[np.ndarray], Any], labels: Tensor, steps: int, images: int, seed: int
 ) -> float:
-    """Train tower and projector to tell an image's answers; returns the last steps' mean loss.
+    """Train tower and projector to tell what is said of an image; returns the last steps' mean loss.
 
-    An answer is there if any visual token shows it: the logits of the tokens are pooled by log-mean-exp. The head is
+    A thing is there if any visual token shows it: the logits of the tokens are pooled by log-mean-exp. The head is
     thrown away.
 
     Args:
         backbone: its tower and projector are trained in place.
         pixels: the processor's batch for some image numbers.
-        labels: (images, K) from ``answer_labels``.
+        labels: (images, K) from ``said_labels``.
         steps: optimiser steps.
         images: B, images a step.
         seed: of the draws.

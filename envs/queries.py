@@ -48,6 +48,7 @@ class DatasetQueries:
         self._answers = [_answer_tuple(answers, name, row) for row, answers in enumerate(dataset["answers"])]
         has_ids = "id" in dataset.column_names
         self._ids = [str(id) for id in dataset["id"]] if has_ids else [str(row) for row in range(len(dataset))]
+        self.kinds = [str(kind) for kind in dataset["type"]] if "type" in dataset.column_names else None
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -91,6 +92,7 @@ class DatasetQueries:
         part.name, part.split = self.name, self.split
         part._images = self._images.select(range(len(self))[rows])
         part._questions, part._answers, part._ids = self._questions[rows], self._answers[rows], self._ids[rows]
+        part.kinds = None if self.kinds is None else self.kinds[rows]
         return part
 
     def _stored_image(self, number: int) -> dict[str, Any]:

@@ -10,19 +10,20 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from backbones import EncodingBank, load_backbone
+from backbones import EncodingBank
 from envs import load_queries
-from eval import cli, report
+from eval import cli, elasticity, report
 from eval.bench import bench, bench_table
 from eval.evaluate import Record, check_budgets, evaluate
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners
+from eval.question_only import question_only_accuracy
 from eval.runs import write_atomically
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 
 
 @dataclass
-class Run:
+class Run(cli.Placement):
     """Evaluate policies over queries and budgets; prints a table.
 
     Example: python -m eval run runs/rl full random --data easy-vqa --budgets 0.25 0.5
@@ -31,7 +32,7 @@ class Run:
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, or baselines: full, random."""
+    """Run folders, or baselines: full, random, random-tokens, random-heads, random-layers."""
     data: str = "easy-vqa"
     """Queries: a name, or a path with the columns image, question, answers."""
     split: str = "test"
@@ -59,7 +60,7 @@ class Run:
 
     def run(self) -> None:
         self._check()
-        backbone = load_backbone(backbone_of(list(self.policies), self.backbone))
+        backbone = self.load(backbone_of(list(self.policies), self.backbone))
         model = load_latency_model(self.latency_model, backbone) if self.latency_model is not None else None
         planners = load_planners(self.policies, backbone, self.seed, self.milliseconds, model)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
@@ -90,7 +91,7 @@ class Run:
 
 
 @dataclass
-class Latency:
+class Latency(cli.Placement):
     """Time policies part by part on this device; with --out, also calibrate a model of the prefill's time.
 
     Encode is image processing and vision tower, controller what chooses the plan, prefill the language model up to the
@@ -101,7 +102,7 @@ class Latency:
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]] = ("full", "random")
-    """Run folders, or baselines: full, random."""
+    """Run folders, or baselines: full, random, random-tokens, random-heads, random-layers."""
     data: str = "easy-vqa"
     """Queries: a name, or a path with the columns image, question, answers."""
     split: str = "test"
@@ -123,7 +124,7 @@ class Latency:
 
     def run(self) -> None:
         self._check()
-        backbone = load_backbone(backbone_of(list(self.policies), self.backbone))
+        backbone = self.load(backbone_of(list(self.policies), self.backbone))
         planners = [load_planner(policy, backbone, self.seed) for policy in self.policies]
         queries = first_queries(EncodingBank(backbone, load_queries(self.data, self.split)), self.queries)
         batches = [queries[start : start + self.batch_size] for start in range(0, len(queries), self.batch_size)]
@@ -148,7 +149,54 @@ class Latency:
 
 
 @dataclass
-class Bench:
+class Elasticity(cli.Placement):
+    """How gradually a VLM loses accuracy when parts are dropped, and how much a good choice of parts could win.
+
+    Prints the full plan's accuracy by kind of question beside that of a model that never sees the image; accuracy under
+    random plans that drop tokens, heads, layers or all three; and, at half the FLOPs, the mean of random plans, the
+    best of them for all queries, and an oracle that knows the best for each.
+
+    Example: python -m eval elasticity --data scenes --limit 2000
+    """
+
+    backbone: str = "tiny"
+    """Which VLM."""
+    data: str = "scenes"
+    """Queries: a name, or a path with the columns image, question, answers."""
+    limit: int | None = None
+    """Use so many queries of the test split, spread over it."""
+    plans: int = 64
+    """Random plans for the oracle, and"""
+    oracle_queries: int = 1000
+    """so many queries for it."""
+    seed: int = 0
+    """Of the random plans and the question-only model."""
+    json: Path | None = None
+    """Also write the figures there."""
+
+    def run(self) -> None:
+        check_output("--json", self.json)
+        for option in ("plans", "oracle_queries"):
+            if getattr(self, option) < 1:
+                raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
+        backbone = self.load(self.backbone)
+        train, test = (load_queries(self.data, split) for split in ("train", "test"))
+        test = test.spread(self.limit or len(test))
+        bank = EncodingBank(backbone, test)
+        kinds = elasticity.accuracy_by_kind(backbone, bank, test)
+        question_only = float(question_only_accuracy(train, test, seed=self.seed).mean())
+        records = elasticity.accuracy_by_axis(backbone, bank, seed=self.seed)
+        fewer = EncodingBank(backbone, test.spread(self.oracle_queries))
+        room = elasticity.room_for_choice(backbone, fewer, plans=self.plans, seed=self.seed)
+        print(f"{elasticity.kinds_table(kinds)}\n\nwithout the image: {question_only:.1%}\n")
+        print(f"{elasticity.axes_table(records)}\n")
+        print(f"{self.plans} random plans at 50 % of the LLM FLOPs, {len(fewer)} queries:")
+        print(", ".join(f"{name} {accuracy:.1%}" for name, accuracy in room.items()))
+        write_json(self.json, [{"kinds": kinds, "question_only": question_only, "room": room, "records": records}])
+
+
+@dataclass
+class Bench(cli.Placement):
     """Measure every speed claim, as ratios within one run."""
 
     backbone: str = "tiny"
@@ -156,13 +204,16 @@ class Bench:
     data: str = "easy-vqa"
     """Queries to measure on."""
     parts: tuple[Literal["env", "engine"], ...] = ("env", "engine")
-    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-1.5-like shape."""
+    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-like shape."""
+    shape: Literal["small", "llava-1.5-7b"] = "small"
+    """Of the decoder, with random weights: 8 layers of width 1024, or LLaVA-1.5-7B's config with its vision tower
+    (14 GB in bfloat16; adds the time to first token part by part)."""
     json: Path | None = None
     """Also write the figures there."""
 
     def run(self) -> None:
         check_output("--json", self.json)
-        entries = bench(self.backbone, self.data, self.parts)
+        entries = bench(self.load(self.backbone), self.data, self.parts, self.shape)
         print(bench_table(entries))
         write_json(self.json, entries)
 
@@ -186,6 +237,7 @@ def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Latency, tyro.conf.subcommand("latency")]
+    | Annotated[Elasticity, tyro.conf.subcommand("elasticity")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 

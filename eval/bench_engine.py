@@ -1,4 +1,4 @@
-"""Speed of the masked decoder on a LLaVA-1.5-like shape with random weights."""
+"""Speed of the masked decoder with random weights: speed-up over FLOPs cut, overhead, decoding."""
 
 from __future__ import annotations
 
@@ -9,41 +9,13 @@ import torch
 from tqdm import tqdm
 
 from backbones.backbone import Backbone
-from backbones.encoding import EncodedImage, Encoding
-from backbones.families.llava import LlavaFamily
+from backbones.encoding import Encoding
 from backbones.masks import Masks
-from backbones.tiny import build_tiny
-from eval.latency import interleaved
+from eval.bench_first_token import first_token_figures
+from eval.bench_shapes import SHAPES, encode_noise
+from eval.latency import device_name, interleaved
 
 Figure = tuple[str, float, str]
-
-QUESTION = " ".join(["what", "color", "is", "the", "shape", "?"] * 6 + ["is", "there"])
-
-
-def llava_like(hidden: int = 1024, layers: int = 8, heads: int = 16, intermediate: int = 2816) -> Backbone:
-    """576 visual and 40 text tokens through a decoder of LLaVA-1.5's proportions; the vision tower is a token one."""
-    torch.manual_seed(0)
-    model, processor = build_tiny(
-        [QUESTION],
-        image_size=336,
-        patch_size=14,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        intermediate=intermediate,
-        positions=1024,
-        vision_hidden=32,
-        vision_layers=1,
-    )
-    family = LlavaFamily(model.requires_grad_(False), processor)
-    return Backbone(family, f"LLaVA-like {layers} x {hidden}", protected_layers=())
-
-
-def encode_noise(backbone: Backbone, rows: int) -> Encoding:
-    """Random visual tokens; the vision side is not what is measured here."""
-    count = backbone.layout.tokens
-    images = [EncodedImage(torch.randn(count, backbone.hidden), count, torch.arange(count)) for _ in range(rows)]
-    return backbone.assemble(images, [QUESTION] * rows)
 
 
 def plan_at(backbone: Backbone, encoding: Encoding, axis: str, share: float) -> Masks:
@@ -65,11 +37,15 @@ def plan_at(backbone: Backbone, encoding: Encoding, axis: str, share: float) -> 
     return plan(min(steps, key=lambda keep: abs(int(backbone.cost(encoding, plan(keep)).llm[0]) / full - share)))
 
 
-def bench_engine(repeats: int = 9) -> list[Figure]:
-    """Speed-up over FLOPs cut by axis, at batch 1 and mixed; overhead of the full plan; decoding."""
-    backbone = llava_like()
-    setting = f"{backbone.name}, 576 + 40 tokens, float32, {backbone.device}, {torch.get_num_threads()} threads"
-    parts = (_by_axis, _mixed_batch, _decoding)
+def bench_engine(
+    shape: str = "small", device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 9
+) -> list[Figure]:
+    """Speed-up over FLOPs cut by axis, at batch 1 and mixed; overhead of the full plan; decoding; and, on the shape
+    that has LLaVA's own vision tower, the time to first token part by part."""
+    backbone = SHAPES[shape](device, dtype)
+    where = f"{device_name(backbone.device)}, {str(dtype).removeprefix('torch.')}"
+    setting = f"{backbone.name}, {backbone.layout.tokens} + 40 tokens, {where}"
+    parts = [_by_axis, _mixed_batch, _decoding, *([first_token_figures] if shape == "llava-1.5-7b" else [])]
     return [
         (name, value, setting)
         for part in tqdm(parts, desc="engine", leave=False)
@@ -141,7 +117,7 @@ def _decoding(backbone: Backbone, repeats: int, steps: int = 8) -> list[tuple[st
             fork = cache.fork()  # type: ignore[attr-defined]
             with torch.no_grad():
                 for step in range(steps):
-                    backbone.extend(torch.tensor([[5]]), encoding.next_rope_B + step, fork)
+                    backbone.extend(torch.tensor([[5]], device=backbone.device), encoding.next_rope_B + step, fork)
 
         sides[name] = decode
     seconds = interleaved(sides, repeats, backbone.device)

@@ -6,15 +6,31 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 import tyro
 import yaml
 
+from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
 from eval.runs import RunFolder
 
 ConfigT = TypeVar("ConfigT")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Placement:
+    """Options of every command that runs a VLM."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the VLM and the controller run."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the VLM's weights; the controller stays in float32."""
+
+    def load(self, backbone: str) -> Backbone:
+        """The backbone, there and so."""
+        return load_backbone(backbone, getattr(torch, self.dtype), self.device)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
-NOT_OF_RUN = ("out", "resume", "wandb")
+NOT_OF_RUN = ("out", "resume", "wandb", "device")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
 

@@ -5,6 +5,8 @@ Shape legend: B rows, N visual tokens, A flat action length.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,8 +14,12 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
+from backbones.errors import InputError
 from backbones.masks import Masks
 from policies.projection import project
+
+AXES = ("tokens", "heads", "layers")
+"""The three dimensions, in the order of the flat action."""
 
 
 class Planner(Protocol):
@@ -58,37 +64,66 @@ class RandomPlanner:
     Args:
         backbone: prices the plans.
         seed: of the draws.
+        axes: what may be dropped: all of ``AXES``, or some.
     """
 
-    name = "random"
     budgeted = True
 
-    def __init__(self, backbone: Backbone, seed: int = 0):
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, seed: int = 0, axes: Sequence[str] = AXES):
+        self.backbone, self.axes = backbone, axes
+        self.name = "random" if tuple(axes) == AXES else f"random-{'-'.join(axes)}"
         self.generator = torch.Generator().manual_seed(seed)
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        return random_plans(self.backbone, encoding, budgets_B, self.generator)
+        """Plans within their budgets.
+
+        Raises:
+            InputError: a budget that dropping all of these axes does not reach.
+        """
+        return random_plans(self.backbone, encoding, budgets_B, self.generator, self.axes)
 
     def controller_flops(self, encoding: Encoding) -> int:
         return 0
 
 
-def random_plans(backbone: Backbone, encoding: Encoding, budgets_B: Tensor, generator: torch.Generator) -> Masks:
+def random_plans(
+    backbone: Backbone, encoding: Encoding, budgets_B: Tensor, generator: torch.Generator, axes: Sequence[str] = AXES
+) -> Masks:
     """Plans drawn at given budgets, (B,) each in (0, 1].
 
-    Each axis gets a rate, the three rates a uniform draw from the simplex. Every unit leaves after an exponential
-    waiting time of its axis' rate, and units leave in that order until the plan fits.
+    Each axis gets a rate, the rates a uniform draw from the simplex. Every unit leaves after an exponential waiting
+    time of its axis' rate, and units leave in that order until the plan fits.
+
+    Raises:
+        InputError: a budget that dropping all of these axes does not reach.
     """
+    waits_BA = random_waits(backbone, len(encoding), generator, axes)
+    device = encoding.visual_BND.device
+    masks = project(backbone, backbone.full(encoding), waits_BA.to(device), budgets_B.to(device), encoding)
+    for axis in set(AXES) - set(axes):
+        kept = masks.tokens | ~encoding.visual_valid_BN if axis == "tokens" else getattr(masks, axis)
+        if not bool(kept.all()):
+            row = int((~kept.flatten(1).all(1)).nonzero()[0])
+            raise InputError(
+                f"budget {float(budgets_B[row]):g} cannot be reached by dropping {' and '.join(axes)} alone; "
+                "give a larger one"
+            )
+    return masks
+
+
+def random_waits(backbone: Backbone, rows: int, generator: torch.Generator, axes: Sequence[str] = AXES) -> Tensor:
+    """(rows, A) when each unit leaves; units of other axes leave last."""
     layout = backbone.layout
-    rows = len(encoding)
-    rates_B3 = torch.empty(rows, 3).exponential_(generator=generator)
+    rates_B3 = torch.empty(rows, 3).exponential_(generator=generator) * torch.tensor([axis in axes for axis in AXES])
     rates_B3 = rates_B3 / rates_B3.sum(1, keepdim=True)
     per_axis = torch.tensor([layout.tokens, layout.layers * layout.heads, layout.layers])
-    rates_BA = rates_B3.repeat_interleave(per_axis, dim=1).clamp_min(1e-6)
-    waits_BA = torch.empty(rows, layout.size).exponential_(generator=generator) / rates_BA
-    device = encoding.visual_BND.device
-    return project(backbone, backbone.full(encoding), waits_BA.to(device), budgets_B.to(device), encoding)
+    rates_BA = rates_B3.repeat_interleave(per_axis, dim=1)
+    waits_BA = torch.empty(rows, layout.size).exponential_(generator=generator) / rates_BA.clamp_min(1e-6)
+    return waits_BA.where(rates_BA > 0, torch.finfo(torch.float32).max)
 
 
-BASELINES = {planner.name: planner for planner in (FullPlanner, RandomPlanner)}
+BASELINES: dict[str, Callable[[Backbone, int], Planner]] = {
+    "full": FullPlanner,
+    "random": RandomPlanner,
+    **{f"random-{axis}": partial(RandomPlanner, axes=(axis,)) for axis in AXES},
+}

@@ -98,7 +98,7 @@ class TwoLevelController(nn.Module):
     def read(
         self, visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor
     ) -> Reading:
-        """Read a batch of encodings and budgets.
+        """Read a batch of encodings and budgets; in float32, whatever the backbone computes in.
 
         Args:
             visual_BND: visual tokens, padded.
@@ -108,10 +108,10 @@ class TwoLevelController(nn.Module):
             budgets_B: shares in (0, 1].
         """
         places_T = torch.arange(text_BTD.shape[1], device=text_BTD.device).clamp_max(self.config.text_tokens - 1)
-        words_BTD = self.text_norm(text_BTD) + self.text_places[places_T]
+        words_BTD = self.text_norm(text_BTD.float()) + self.text_places[places_T]
         weights_BTK = self.pool(words_BTD).masked_fill(~text_valid_BT[..., None], -torch.inf).softmax(1)
         question_BW = self.read_question((weights_BTK.transpose(1, 2) @ words_BTD).flatten(1))
-        tokens_BNW = self.read_visual(self.visual_norm(visual_BND)) + self.visual_places
+        tokens_BNW = self.read_visual(self.visual_norm(visual_BND.float())) + self.visual_places
         image_BW = (tokens_BNW * visual_valid_BN[..., None]).sum(1) / visual_valid_BN.sum(1).clamp_min(1)[:, None]
         inputs = torch.cat([question_BW, image_BW, share_features(budgets_B)], dim=1)
         context_BW = F.gelu(self.read_context(inputs))

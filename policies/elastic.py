@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProcessorMixin
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from backbones.backbone import Backbone
 from backbones.encoding import EncodedImage, QuerySource
@@ -182,7 +183,8 @@ class ElasticTrainer(SFTTrainer):
         with torch.no_grad():
             plans = self._random_plans(rows, plans_from)
         both = AnsweredRows(rows.images * 2, rows.questions * 2, rows.answers * 2)
-        return distillation_losses(*both.logits(self.backbone, Masks.cat([full, plans])).chunk(2), targets_T)
+        full_TV, pruned_TV = both.logits(self.backbone, Masks.cat([full, plans])).chunk(2)
+        return distillation_losses(full_TV, pruned_TV, targets_T)
 
     def _random_plans(self, rows: AnsweredRows, step: int) -> Masks:
         """A plan a row at a random budget (the smallest plan where that costs more); they follow from the seed, the
@@ -236,6 +238,7 @@ def lora_config(backbone: Backbone, rank: int) -> LoraConfig:
     """
     if rank < 1:
         raise InputError(f"LoRA rank is {rank}; it must be at least 1")
-    projections = {module for module in backbone.family.decoder.layers.modules() if isinstance(module, nn.Linear)}
+    decoder: Any = backbone.family.decoder
+    projections = {module for module in decoder.layers.modules() if isinstance(module, nn.Linear)}
     names = [name for name, module in backbone.model.named_modules() if module in projections]
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=names)

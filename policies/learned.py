@@ -33,7 +33,7 @@ class ControllerPlanner:
     budgeted = True
 
     def __init__(self, controller: TwoLevelController, backbone: Backbone, name: str):
-        self.decider = Decider(controller.eval(), backbone)
+        self.decider = Decider(controller.to(backbone.device).eval(), backbone)
         self.name = name
 
     @torch.no_grad()

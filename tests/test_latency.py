@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from backbones import InputError
 from backbones.latency_model import FEATURES, LatencyModel, plan_features
-from eval.bench_engine import encode_noise, llava_like, plan_at
+from eval.bench_engine import plan_at
+from eval.bench_first_token import first_token_figures
+from eval.bench_shapes import CLIP_LARGE, VICUNA_7B, encode_noise, llava_7b, llava_like
 from eval.latency import Spread, calibrate, measure
 from policies.baselines import FullPlanner, RandomPlanner
 from tests.conftest import random_masks
@@ -88,3 +92,23 @@ def test_bench_plans_cost_what_they_say(axis, share):
     assert int(encoding.text_tokens[0]) == 40 and backbone.layout.tokens == 576
     spent = backbone.cost(encoding, plan_at(backbone, encoding, axis, share)).llm / backbone.full_llm_flops(encoding)
     assert float(spent) == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_token_is_timed_part_by_part(dtype):
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    backbone = llava_7b("cpu", dtype, vision, text)
+    assert backbone.layout.tokens == 576 and backbone.model.dtype == dtype
+    figures = dict(first_token_figures(backbone, repeats=3, keep=64))
+    assert min(figures.values()) > 0
+    assert figures["ttft_ms_full"] > max(figures["encode_ms_full"], figures["prefill_ms_full"])
+    assert figures["ttft_ms_64_tokens"] > figures["controller_ms_64_tokens"]
+
+
+def test_the_large_shape_is_llavas():
+    """Parameters and visual tokens of the published LLaVA-1.5-7B, counted without making the weights."""
+    with torch.device("meta"):
+        tower, text = CLIPVisionModel(CLIPVisionConfig(**CLIP_LARGE)), LlamaForCausalLM(LlamaConfig(**VICUNA_7B))
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (tower, text)]
+    assert counts == [303_507_456, 6_738_939_904]
