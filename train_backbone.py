@@ -31,6 +31,7 @@ from eval.evaluate import evaluate
 from eval.runs import RunFolder
 from policies.baselines import FullPlanner, RandomPlanner
 from policies.elastic import ElasticSettings, ElasticTrainer, lora_config
+from policies.muon import MuonAdamW
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ class BackboneConfig:
     """From scratch: optimiser steps of the vision tower alone, before the rest."""
     vision_images: int = 128
     """Images in each of them."""
-    steps: int = 2400
+    steps: int = 3600
     """Optimiser steps of the whole model."""
     plain_share: float = 0.75
     """Share of the steps before random plans join."""
@@ -68,7 +69,9 @@ class BackboneConfig:
     elastic_questions: int = 1
     """Questions an image in steps with random plans; each runs twice."""
     learning_rate: float = 2e-3
-    """Peak learning rate: linear warm-up, then cosine to zero."""
+    """Peak learning rate of AdamW: linear warm-up, then cosine to zero."""
+    muon_rate: float = 4e-3
+    """From scratch: peak learning rate of Muon, which then trains the matrices of all layers; 0: AdamW for all."""
     warmup: int = 100
     """Steps of warm-up."""
     budgets: tuple[float, float] = (0.1, 1.0)
@@ -95,6 +98,7 @@ def check(config: BackboneConfig) -> None:
     rules = [(name, getattr(config, name) >= 1, "at least 1") for name in positive]
     rules += [
         ("learning_rate", 0 < config.learning_rate < math.inf, "a positive number"),
+        ("muon_rate", 0 <= config.muon_rate < math.inf, "a number, 0 or more"),
         ("plain_share", 0 <= config.plain_share <= 1, "between 0 and 1"),
         ("budgets", 0 < config.budgets[0] <= config.budgets[1] <= 1, "two shares with 0 < lower <= upper <= 1"),
     ]
@@ -155,6 +159,13 @@ def prepare_vision(config: BackboneConfig, backbone: Backbone, queries: DatasetQ
     texts = [[queries.text(number) for number in group] for group in groups]
     labels = said_labels([[(question, reference(accepted)) for _, question, accepted in own] for own in texts])
     return train_vision(backbone, pixels, labels, config.vision_steps, config.vision_images, config.seed)
+
+
+def optimizer(config: BackboneConfig, backbone: Backbone) -> MuonAdamW | None:
+    """What trains from scratch; None: the trainer's own AdamW."""
+    if config.backbone != "scratch" or not config.muon_rate:
+        return None
+    return MuonAdamW(backbone.model.named_parameters(), config.muon_rate, config.learning_rate)
 
 
 class Journal(TrainerCallback):
@@ -240,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ElasticSettings(_plain_steps(config), config.budgets, config.seed),
         options,
         lora_config(backbone, config.lora_rank) if config.lora_rank else None,
+        optimizers=(optimizer(config, backbone), None),
         callbacks=[Journal(folder, backbone, validation)],
     )
     if checkpoint is not None:

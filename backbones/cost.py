@@ -11,11 +11,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from backbones.masks import Masks
+
+class AnyPlan(Protocol):
+    """The part of plans, hard or relaxed, that has a price here."""
+
+    @property
+    def effective_heads(self) -> Tensor: ...
+
+    @property
+    def layers(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class DecoderShape:
     slots_per_group: int = 1
     mlp_follows_heads: bool = True
 
-    def prefill(self, masks: Masks, n: Tensor) -> Tensor:
+    def prefill(self, masks: AnyPlan, n: Tensor) -> Tensor:
         """FLOPs of the prefill up to the first answer token's logits, (B,) int64.
 
         Args:
@@ -71,7 +80,7 @@ class DecoderShape:
         per_token, per_pair = self.layer_terms(masks)
         return n * per_token + n * n * per_pair + 2 * self.hidden * self.vocab
 
-    def decode(self, masks: Masks, n: Tensor, new_tokens: int | Tensor) -> Tensor:
+    def decode(self, masks: AnyPlan, n: Tensor, new_tokens: int | Tensor) -> Tensor:
         """FLOPs of the steps after the prefill, (B,) int64.
 
         The first answer token comes out of the prefill, so an answer of ``new_tokens`` takes one step fewer.
@@ -82,11 +91,16 @@ class DecoderShape:
         attended = steps * n + steps * (steps + 1) // 2
         return steps * (per_token + 2 * self.hidden * self.vocab) + attended * per_pair
 
-    def layer_terms(self, masks: Masks) -> tuple[Tensor, Tensor]:
-        """Summed over layers: FLOPs per token, and per (query token, key token) pair; each (B,)."""
+    def layer_terms(self, masks: AnyPlan) -> tuple[Tensor, Tensor]:
+        """Summed over layers: FLOPs per token, and per (query token, key token) pair; each (B,).
+
+        Written so that it also prices relaxed plans (``soft_decoder.Gates``), in floating point.
+        """
         heads_BLH = masks.effective_heads
+        heads_BLH = heads_BLH.long() if heads_BLH.dtype == torch.bool else heads_BLH
         kept = heads_BLH.sum(1)  # (B, H) layers in which each slot is computed
-        groups = heads_BLH.unflatten(2, (-1, self.slots_per_group)).any(3).sum(1)  # (B, G)
+        # A group is computed unless all its slots are dropped.
+        groups = (1 - (1 - heads_BLH.unflatten(2, (-1, self.slots_per_group))).prod(3)).sum(1)  # (B, G)
         d = self.hidden
         mlp = [6 * d * width for width in self.mlp_width]
         pair = kept @ kept.new_tensor([4 * width for width in self.query_width])

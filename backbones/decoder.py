@@ -122,7 +122,7 @@ class MaskedDecoder:
     def _run(
         self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, plans: list[LayerPlan], cache: KVCache | None
     ) -> Tensor:
-        cos_PW, sin_PW = self._rope(x_PD, rope_PR)
+        cos_PW, sin_PW = self.rope(x_PD, rope_PR)
         for number, (layer, plan) in enumerate(zip(self.model.layers, plans, strict=True)):
             if not (plan.attention or plan.mlp):
                 continue
@@ -180,7 +180,7 @@ class MaskedDecoder:
         q, k, v = (
             sliced_outputs(linear, h_PD, ranges).unflatten(-1, (-1, self.head_width)) for linear, ranges in projections
         )
-        return _rotate(q, cos_PW, sin_PW), _rotate(k, cos_PW, sin_PW), v
+        return rotate(q, cos_PW, sin_PW), rotate(k, cos_PW, sin_PW), v
 
     def _columns(self, units: tuple[int, ...], heads: int) -> list[tuple[int, int]]:
         """Projection columns of slots or groups that have ``heads`` heads each."""
@@ -234,7 +234,7 @@ class MaskedDecoder:
             plans.append(LayerPlan(rows, attention, mlp))
         return plans
 
-    def _rope(self, x_PD: Tensor, rope_PR: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, x_PD: Tensor, rope_PR: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (P, head width), from the model's own rotary module, so every kind that it supports is
         right here too: positions go in as (1, P), or as (3, 1, P) for M-RoPE."""
         positions = rope_PR.T if rope_PR.shape[1] == 1 else rope_PR.T[:, None]
@@ -242,7 +242,7 @@ class MaskedDecoder:
         return cos[0], sin[0]
 
 
-def _rotate(x_PHW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
+def rotate(x_PHW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
     """Rotary embedding of packed heads."""
     first, second = x_PHW.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)

@@ -163,6 +163,7 @@ class Encoder(Protocol):
         questions: Sequence[str],
         ids: list[str],
         answers: list[tuple[str, ...]],
+        continuations: Sequence[list[int]] | None = None,
     ) -> Encoding: ...
 
 
@@ -194,8 +195,12 @@ class EncodingBank:
     def __len__(self) -> int:
         return len(self.source)
 
-    def gather(self, numbers: Sequence[int] | np.ndarray) -> Encoding:
+    def gather(self, numbers: Sequence[int] | np.ndarray, continuations: Sequence[list[int]] | None = None) -> Encoding:
         """The encodings of some queries, in order; numbers may repeat.
+
+        Args:
+            numbers: of the queries in the source.
+            continuations: ids that follow each prompt, for teacher forcing.
 
         Raises:
             InputError: a number outside the source, or a query that fails (an image that is missing or cannot be read,
@@ -205,7 +210,8 @@ class EncodingBank:
         keys = [self.source.image_key(number) for number in numbers]
         images = self._images(dict(zip(keys, numbers, strict=True)))
         ids, questions, answers = zip(*(self.source.text(number) for number in numbers), strict=True)
-        return self.encoder.assemble([images[key] for key in keys], questions, list(ids), list(answers))
+        shown = [images[key] for key in keys]
+        return self.encoder.assemble(shown, questions, list(ids), list(answers), continuations)
 
     def gather_valid(self, numbers: Sequence[int] | np.ndarray) -> tuple[Encoding | None, list[int], dict[int, str]]:
         """As ``gather``, without the queries that fail.

@@ -14,6 +14,21 @@ from torch import Tensor
 
 from backbones.errors import InputError
 
+AXES = ("tokens", "heads", "layers")
+"""The three dimensions of a plan, in the order of the flat action."""
+
+
+def check_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    """The axes in their own order, each once.
+
+    Raises:
+        InputError: none, or an unknown one.
+    """
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown or not axes:
+        raise InputError(f"the axes are {', '.join(axes) or 'none'}; they must be some of {', '.join(AXES)}")
+    return tuple(axis for axis in AXES if axis in axes)
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -133,6 +148,10 @@ class MaskLayout:
             )
         return self.unflatten(torch.from_numpy(actions.astype(bool)))
 
-    def protected(self, device: torch.device | str = "cpu") -> Tensor:
-        """(A,) bool: the bits that are kept whatever the action says."""
-        return self.flatten(self.unflatten(torch.zeros(1, self.size, dtype=torch.bool, device=device)))[0]
+    def protected(self, device: torch.device | str = "cpu", axes: Sequence[str] = AXES) -> Tensor:
+        """(A,) bool: the bits that are kept whatever the action says; all bits of an axis that is not in ``axes``."""
+        bits_A = self.flatten(self.unflatten(torch.zeros(1, self.size, dtype=torch.bool, device=device)))[0]
+        sizes = (self.tokens, self.layers * self.heads, self.layers)
+        for axis, part in zip(AXES, bits_A.split(sizes), strict=True):
+            part |= axis not in axes
+        return bits_A

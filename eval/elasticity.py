@@ -15,12 +15,12 @@ from tqdm import tqdm
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
 from backbones.errors import InputError
-from backbones.masks import Masks
+from backbones.masks import AXES, Masks
 from envs.queries import DatasetQueries
 from envs.scoring import score
 from eval.evaluate import evaluate
 from eval.report import markdown
-from policies.baselines import AXES, FullPlanner, RandomPlanner, random_waits
+from policies.baselines import FullPlanner, RandomPlanner, random_waits
 from policies.projection import project
 
 Record = dict[str, Any]

@@ -14,12 +14,8 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
+from backbones.masks import AXES, Masks
 from policies.projection import project
-
-AXES = ("tokens", "heads", "layers")
-"""The three dimensions, in the order of the flat action."""
 
 
 class Planner(Protocol):
@@ -99,27 +95,18 @@ def random_plans(
     """
     waits_BA = random_waits(backbone, len(encoding), generator, axes)
     device = encoding.visual_BND.device
-    masks = project(backbone, backbone.full(encoding), waits_BA.to(device), budgets_B.to(device), encoding)
-    for axis in set(AXES) - set(axes):
-        kept = masks.tokens | ~encoding.visual_valid_BN if axis == "tokens" else getattr(masks, axis)
-        if not bool(kept.all()):
-            row = int((~kept.flatten(1).all(1)).nonzero()[0])
-            raise InputError(
-                f"budget {float(budgets_B[row]):g} cannot be reached by dropping {' and '.join(axes)} alone; "
-                "give a larger one"
-            )
-    return masks
+    full = backbone.full(encoding)
+    return project(backbone, full, waits_BA.to(device), budgets_B.to(device), encoding, axes=axes)
 
 
 def random_waits(backbone: Backbone, rows: int, generator: torch.Generator, axes: Sequence[str] = AXES) -> Tensor:
-    """(rows, A) when each unit leaves; units of other axes leave last."""
+    """(rows, A) when each unit leaves, of the axes that may; the others' numbers mean nothing."""
     layout = backbone.layout
     rates_B3 = torch.empty(rows, 3).exponential_(generator=generator) * torch.tensor([axis in axes for axis in AXES])
     rates_B3 = rates_B3 / rates_B3.sum(1, keepdim=True)
     per_axis = torch.tensor([layout.tokens, layout.layers * layout.heads, layout.layers])
     rates_BA = rates_B3.repeat_interleave(per_axis, dim=1)
-    waits_BA = torch.empty(rows, layout.size).exponential_(generator=generator) / rates_BA.clamp_min(1e-6)
-    return waits_BA.where(rates_BA > 0, torch.finfo(torch.float32).max)
+    return torch.empty(rows, layout.size).exponential_(generator=generator) / rates_BA.clamp_min(1e-6)
 
 
 BASELINES: dict[str, Callable[[Backbone, int], Planner]] = {

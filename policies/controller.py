@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.cost import mlp_flops
-from backbones.masks import MaskLayout
+from backbones.errors import InputError
+from backbones.masks import AXES, MaskLayout, check_axes
 
 SHARE_FEATURES = 4
+RULES = ("threshold", "fill")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class ControllerConfig:
         pools: K, learned poolings of the question.
         initial_logit: keep-logit of every unit before training.
         text_tokens: longest prompt with positions of their own; later tokens share the last.
+        axes: what it decides on; units of other axes are always kept.
+        rule: how logits become a plan. ``"threshold"``: units with a positive logit, then projected into the budget;
+            ``"fill"``: all units, projected, so that the budget is spent as far as it goes.
     """
 
     tokens: int
@@ -43,6 +48,13 @@ class ControllerConfig:
     pools: int = 4
     initial_logit: float = 2.0
     text_tokens: int = 64
+    axes: tuple[str, ...] = AXES
+    rule: str = "threshold"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", check_axes(self.axes))
+        if self.rule not in RULES:
+            raise InputError(f"the controller's rule is {self.rule!r}; it must be one of {', '.join(RULES)}")
 
     @classmethod
     def for_layout(cls, layout: MaskLayout, hidden: int, **sizes: Any) -> ControllerConfig:

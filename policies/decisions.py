@@ -25,7 +25,8 @@ class Decisions:
     Attributes:
         logits_BA: in flat-action order; the second level's given the first level's bits.
         bits_BA: bool, the action.
-        free_BA: bool, False where nothing is decided: protected units, and visual tokens that the image does not have.
+        free_BA: bool, False where nothing is decided: protected units, units of axes that the controller leaves alone,
+            and visual tokens that the image does not have.
     """
 
     logits_BA: Tensor
@@ -56,7 +57,8 @@ class Decider:
         self.controller = controller
         self.backbone = backbone
         self.layout = backbone.layout
-        self.free_A = ~backbone.layout.protected(backbone.device)
+        self.axes = controller.config.axes
+        self.free_A = ~backbone.layout.protected(backbone.device, self.axes)
 
     def controller_flops(self, encoding: Encoding) -> Tensor:
         """(B,) FLOPs of each row's decision."""
@@ -83,7 +85,8 @@ class Decider:
     def decide(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, sample: bool) -> Decisions:
         """Choose both levels in turn: by drawing, or every unit whose logit is positive."""
         token_logits_BN = self.controller.token_logits(reading)
-        kept_BN = _choose(token_logits_BN, sample) & encoding.visual_valid_BN
+        free_N = self.free_A[self.layout.level1]
+        kept_BN = (_choose(token_logits_BN, sample) | ~free_N) & encoding.visual_valid_BN
         left_B = self.budget_left(encoding, kept_BN, budgets_B)
         llm_logits = self.controller.llm_logits(reading, kept_BN, left_B)
         bits_BA = torch.cat([kept_BN, _choose(llm_logits, sample)], dim=1) | ~self.free_A
@@ -99,14 +102,10 @@ class Decider:
 
     def fit(self, encoding: Encoding, decisions: Decisions, budgets_B: Tensor) -> Masks:
         """The decided plans, projected into their budgets with the logits as confidence."""
-        return project(
-            self.backbone,
-            self.layout.unflatten(decisions.bits_BA),
-            decisions.logits_BA,
-            budgets_B,
-            encoding,
-            self.controller_flops(encoding),
-        )
+        fill = self.controller.config.rule == "fill"
+        masks = self.backbone.full(encoding) if fill else self.layout.unflatten(decisions.bits_BA)
+        flops = self.controller_flops(encoding)
+        return project(self.backbone, masks, decisions.logits_BA, budgets_B, encoding, flops, self.axes)
 
 
 def _choose(logits: Tensor, sample: bool) -> Tensor:

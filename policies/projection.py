@@ -5,13 +5,15 @@ Shape legend: B rows, A flat action length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
-from backbones.masks import Masks
+from backbones.masks import AXES, Masks
 
 
 def project(
@@ -21,6 +23,7 @@ def project(
     budgets_B: Tensor,
     encoding: Encoding,
     controller_flops: int | Tensor = 0,
+    axes: Sequence[str] = AXES,
 ) -> Masks:
     """Make every plan fit its budget by dropping its least confident kept units.
 
@@ -33,6 +36,7 @@ def project(
         budgets_B: share of the full plan's LLM FLOPs, in (0, 1].
         encoding: B queries.
         controller_flops: charged to the budget, one number or (B,).
+        axes: what may be dropped; units of other axes are kept.
 
     Raises:
         InputError: a budget below what the smallest plan costs; the message names the least budget.
@@ -40,15 +44,15 @@ def project(
     layout = backbone.layout
     full_B = backbone.full_llm_flops(encoding)
     limits_B = budget_flops(budgets_B, full_B)
-    least_B = _least_flops(backbone, encoding, controller_flops)
+    least_B = _least_flops(backbone, encoding, controller_flops, axes)
     if (least_B > limits_B).any():
         row = int((least_B / full_B - budgets_B).argmax())
         raise InputError(
-            f"budget {float(budgets_B[row]):g} is below the smallest plan's cost; "
+            f"budget {float(budgets_B[row]):g} is below the smallest plan's cost{_alone(axes)}; "
             f"the least budget here is {float(least_B[row]) / float(full_B[row]):.4f}"
         )
     bits_BA = layout.flatten(backbone.restrict(encoding, masks))
-    droppable_BA = bits_BA & ~layout.protected(bits_BA.device)
+    droppable_BA = bits_BA & ~layout.protected(bits_BA.device, axes)
     rank_BA = _rank(confidence_BA, droppable_BA)
 
     def without(dropped_B: Tensor) -> Masks:
@@ -65,24 +69,31 @@ def project(
     return without(high_B)
 
 
-def least_share(backbone: Backbone, encoding: Encoding, controller_flops: int | Tensor = 0) -> Tensor:
+def least_share(
+    backbone: Backbone, encoding: Encoding, controller_flops: int | Tensor = 0, axes: Sequence[str] = AXES
+) -> Tensor:
     """(B,) float64: the smallest budget of each query that ``project`` accepts.
 
     Args:
         backbone: prices the plans.
         encoding: B queries.
         controller_flops: charged to the budget, one number or (B,).
+        axes: what may be dropped.
     """
     # Half a FLOP more, so that rounding the budget down does not undo the division.
-    least_B = _least_flops(backbone, encoding, controller_flops).double() + 0.5
+    least_B = _least_flops(backbone, encoding, controller_flops, axes).double() + 0.5
     return least_B / backbone.full_llm_flops(encoding)
 
 
-def _least_flops(backbone: Backbone, encoding: Encoding, controller_flops: int | Tensor) -> Tensor:
+def _least_flops(backbone: Backbone, encoding: Encoding, controller_flops: int | Tensor, axes: Sequence[str]) -> Tensor:
     """(B,) FLOPs with everything dropped that may be."""
     layout = backbone.layout
-    nothing_BA = torch.zeros(len(encoding), layout.size, dtype=torch.bool, device=encoding.visual_BND.device)
-    return backbone.cost(encoding, layout.unflatten(nothing_BA), controller_flops).llm
+    kept_BA = layout.protected(encoding.visual_BND.device, axes).expand(len(encoding), -1)
+    return backbone.cost(encoding, layout.unflatten(kept_BA), controller_flops).llm
+
+
+def _alone(axes: Sequence[str]) -> str:
+    return "" if set(axes) == set(AXES) else f" when only {' and '.join(axes)} may be dropped"
 
 
 def _rank(confidence_BA: Tensor, droppable_BA: Tensor) -> Tensor:

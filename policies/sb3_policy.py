@@ -34,7 +34,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         action_space: the flat action.
         lr_schedule: learning rate by remaining progress.
         bank: the queries' encodings; its encoder is the backbone.
-        controller: sizes of the controller beyond the layout's.
+        controller: sizes of the controller.
         **options: SB3's own: ``optimizer_class``, ``optimizer_kwargs``.
     """
 
@@ -44,17 +44,17 @@ class TwoLevelPolicy(ActorCriticPolicy):
         action_space: spaces.Space,
         lr_schedule: Schedule,
         bank: EncodingBank,
-        controller: dict[str, Any] | None = None,
+        controller: ControllerConfig,
         **options: Any,
     ):
         assert isinstance(bank.encoder, Backbone)
         self.bank = bank
         self.backbone = bank.encoder
-        self.controller_sizes = controller or {}
+        self.controller_config = controller
         super().__init__(observation_space, action_space, lr_schedule, **options)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        config = ControllerConfig.for_layout(self.backbone.layout, self.backbone.hidden, **self.controller_sizes)
+        config = self.controller_config
         self.controller = TwoLevelController(config)
         self.critic = nn.Sequential(nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, 1))
         self.decider = Decider(self.controller, self.backbone)

@@ -30,7 +30,10 @@ def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, pla
     model = PPO(
         TwoLevelPolicy,
         venv,
-        policy_kwargs={"bank": core.bank, "controller": {"width": 16}},
+        policy_kwargs={
+            "bank": core.bank,
+            "controller": ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=16),
+        },
         rollout_buffer_class=GroupRolloutBuffer,
         rollout_buffer_kwargs={"plans_per_query": plans_per_query},
         **{"n_steps": 4, "batch_size": 8, "n_epochs": 2, "seed": 0, **more},

@@ -82,7 +82,7 @@ def test_training_lowers_both_losses(monkeypatch, data, tmp_path):
     """On 24 questions, under random plans from the start; the null: a learning rate of nothing changes nothing."""
     options = "--steps 30 --plain-share 0 --vision-steps 0 --images 8 --elastic-questions 2 --warmup 5 "
     for name, rate in (("learns", 3e-3), ("idles", 1e-12)):
-        more = f"--learning-rate {rate} --validate-every 10"
+        more = f"--learning-rate {rate} --muon-rate {rate} --validate-every 10"
         run(monkeypatch, "--data", data, "--out", tmp_path / name, *(options + more).split())
     first, _, last = lines(tmp_path / "learns")
     assert last["full"] < 0.5 * first["full"] and last["pruned"] < 0.6 * first["pruned"]

@@ -1,0 +1,151 @@
+"""The model under relaxed plans, through which gradients reach every decision.
+
+Nothing is removed: the whole model runs, and gates in [0, 1] say how much of a part there is. With gates of exactly 0
+and 1 the answer tokens' logits are those of the executed plan, and a dropped part still gets a gradient: what would
+change if there were a little of it.
+
+Shape legend: B rows, S places of the longest sequence, N visual tokens, D hidden width, L layers, H head slots, Q query
+heads, W head width, G key-value groups, T answer tokens of all rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.backbone import Backbone
+from backbones.decoder import rotate
+from backbones.encoding import Encoding
+from backbones.masks import Masks
+
+CEILING = 30.0
+"""Attention logits of dropped tokens count at most so much above the largest kept one, lest their exponential, which is
+multiplied by 0, overflow."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Relaxed plans: numbers in [0, 1] in place of bits.
+
+    Attributes:
+        tokens: (B, N) visual tokens.
+        heads: (B, L, H) head slots.
+        layers: (B, L) decoder layers.
+    """
+
+    tokens: Tensor
+    heads: Tensor
+    layers: Tensor
+
+    @classmethod
+    def of(cls, masks: Masks, dtype: torch.dtype = torch.float32) -> Gates:
+        """The gates of hard plans."""
+        return cls(masks.tokens.to(dtype), masks.heads.to(dtype), masks.layers.to(dtype))
+
+    @property
+    def effective_heads(self) -> Tensor:
+        """(B, L, H) how much of each head slot there is, its layer's gate included."""
+        return self.heads * self.layers[..., None]
+
+
+def soft_answer_logits(backbone: Backbone, encoding: Encoding, gates: Gates, answers: Sequence[list[int]]) -> Tensor:
+    """Logits (T, V) at the places that predict each answer's tokens and its end, row after row; differentiable.
+
+    Args:
+        backbone: runs the whole model.
+        encoding: B prompts followed by their answers.
+        gates: B relaxed plans.
+        answers: ids of each row's answer, without an end token.
+    """
+    x_BSD, present_BS, cos_BSW, sin_BSW = _lay_out(backbone, encoding, gates)
+    for number, layer in enumerate(backbone.decoder.model.layers):
+        heads_BH = gates.effective_heads[:, number]
+        x_BSD = x_BSD + _attend(backbone, layer, x_BSD, present_BS, (cos_BSW, sin_BSW), heads_BH)
+        x_BSD = x_BSD + _feed_forward(backbone, layer, x_BSD, heads_BH, gates.layers[:, number])
+    lengths = (encoding.visual_valid_BN.sum(1) + encoding.text_tokens).tolist()
+    rows = [row for row, ids in enumerate(answers) for _ in range(len(ids) + 1)]
+    places = [
+        place for length, ids in zip(lengths, answers, strict=True) for place in range(length - len(ids) - 1, length)
+    ]
+    return backbone.model.lm_head(backbone.decoder.model.norm(x_BSD[rows, places]))
+
+
+def soft_llm_flops(backbone: Backbone, encoding: Encoding, gates: Gates, controller: int | Tensor = 0) -> Tensor:
+    """(B,) FLOPs of relaxed plans by the same cost model, differentiable; equal to it at gates of 0 and 1.
+
+    Args:
+        backbone: prices.
+        encoding: B queries.
+        gates: B relaxed plans.
+        controller: FLOPs of the controller, one number or (B,).
+    """
+    shape = backbone.decoder.shape
+    tokens_B = (gates.tokens.double() * encoding.visual_valid_BN).sum(1) + encoding.text_tokens
+    double = Gates(gates.tokens.double(), gates.heads.double(), gates.layers.double())
+    llm_B = shape.prefill(double, tokens_B) + shape.decode(double, tokens_B, backbone.expected_answer_tokens)
+    return llm_B + controller
+
+
+def _lay_out(backbone: Backbone, encoding: Encoding, gates: Gates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All tokens in sequence order, padded at the end: embeddings, how much of each is there, cosines and sines."""
+    valid_BS = torch.cat([encoding.visual_valid_BN, encoding.text_valid_BT], dim=1)
+    places_BS = torch.cat([encoding.visual_places_BN, encoding.text_places_BT], dim=1)
+    present_BS = torch.cat(
+        [gates.tokens * encoding.visual_valid_BN, encoding.text_valid_BT.to(gates.tokens.dtype)], dim=1
+    )
+    order_BS = places_BS.masked_fill(~valid_BS, torch.iinfo(torch.long).max).argsort(dim=1)
+    order_BS = order_BS[:, : int(valid_BS.sum(1).max())]
+    x_BSD = torch.cat([encoding.visual_BND, encoding.text_BTD], dim=1)
+    rope_BSR = torch.cat([encoding.visual_rope_BNR, encoding.text_rope_BTR], dim=1)
+    x_BSD, rope_BSR = (x.gather(1, order_BS[..., None].expand(-1, -1, x.shape[2])) for x in (x_BSD, rope_BSR))
+    cos_PW, sin_PW = backbone.decoder.rope(x_BSD.flatten(0, 1), rope_BSR.flatten(0, 1))
+    cos_BSW, sin_BSW = (x.unflatten(0, order_BS.shape) for x in (cos_PW, sin_PW))
+    return x_BSD, present_BS.gather(1, order_BS), cos_BSW, sin_BSW
+
+
+def _attend(
+    backbone: Backbone, layer: Any, x_BSD: Tensor, present_BS: Tensor, rope: tuple[Tensor, Tensor], heads_BH: Tensor
+) -> Tensor:
+    """What the attention part adds: every head's output times its slot's gate."""
+    attention, normed_BSD = layer.self_attn, layer.input_layernorm(x_BSD)
+    width = backbone.decoder.head_width
+    q, k, v = (
+        project(normed_BSD).unflatten(-1, (-1, width))
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = (rotate(x.flatten(0, 1), *(part.flatten(0, 1) for part in rope)).view_as(x) for x in (q, k))
+    repeats = q.shape[2] // k.shape[2]
+    q_BQSW, k_BQSW, v_BQSW = (
+        x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2))
+    )
+    weights_BQSS = _gated_softmax(q_BQSW @ k_BQSW.transpose(2, 3) * attention.scaling, present_BS)
+    out_BSQW = (weights_BQSS @ v_BQSW).transpose(1, 2)
+    gates_BQ = heads_BH.repeat_interleave(backbone.decoder.query_heads, dim=1)
+    return attention.o_proj((out_BSQW * gates_BQ[:, None, :, None]).flatten(2))
+
+
+def _gated_softmax(logits_BQSS: Tensor, present_BS: Tensor) -> Tensor:
+    """Causal attention weights in which a key counts as much as it is there: g exp(s) over the sum of g exp(s).
+
+    A key with gate 0 has weight 0, and its gate a gradient.
+    """
+    causal_SS = torch.ones(logits_BQSS.shape[-2:], dtype=torch.bool, device=logits_BQSS.device).tril()
+    kept = causal_SS & (present_BS > 0)[:, None, None]
+    # A text token comes first in every prompt, so each place has a key that is there.
+    largest = logits_BQSS.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).detach()
+    scaled = (logits_BQSS - largest).clamp_max(CEILING).exp() * causal_SS * present_BS[:, None, None]
+    return scaled / scaled.sum(-1, keepdim=True)
+
+
+def _feed_forward(backbone: Backbone, layer: Any, x_BSD: Tensor, heads_BH: Tensor, layer_B: Tensor) -> Tensor:
+    """What the MLP part adds: its slices times their slots' gates, or all of it times its layer's."""
+    mlp, normed_BSD = layer.mlp, layer.post_attention_layernorm(x_BSD)
+    inner = mlp.act_fn(mlp.gate_proj(normed_BSD)) * mlp.up_proj(normed_BSD)
+    if backbone.decoder.width == "heads":
+        return mlp.down_proj(inner) * layer_B[:, None, None]
+    widths = torch.tensor([stop - start for start, stop in backbone.decoder.mlp_cuts], device=inner.device)
+    return mlp.down_proj(inner * heads_BH.repeat_interleave(widths, dim=1)[:, None])

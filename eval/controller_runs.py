@@ -1,0 +1,188 @@
+"""What every training of a controller shares, whatever its estimator: options, metrics, validation, the final table."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from backbones import Backbone, EncodingBank
+from backbones.errors import InputError
+from backbones.masks import AXES, check_axes
+from envs import load_queries
+from eval import report
+from eval.cli import Placement
+from eval.evaluate import Record, check_budgets, evaluate
+from eval.runs import RunFolder
+from eval.tracking import Tracker
+from policies.baselines import FullPlanner, Planner, RandomPlanner
+from policies.controller import ControllerConfig, TwoLevelController
+from policies.learned import ControllerPlanner, load_controller, save_controller
+
+
+@dataclasses.dataclass
+class ControllerRunConfig(Placement):
+    """Options of every training of a controller."""
+
+    backbone: str = "tiny"
+    """Which VLM answers: `tiny` (embedded, nothing to download), a folder, or a hub id."""
+    data: str = "easy-vqa"
+    """Queries: a name (`easy-vqa`, `scenes`), or a path with the columns image, question, answers."""
+    axes: tuple[str, ...] = AXES
+    """What the controller decides on: some of tokens, heads, layers. An axis left out stays full."""
+    budgets: tuple[float, float] = (0.2, 1.0)
+    """Each training query's budget is uniform between these shares of the full plan's LLM FLOPs."""
+    total_queries: int = 60_000
+    """Plans to answer in training (rounded up to whole batches)."""
+    seed: int = 0
+    """Of the controller's weights, the queries, the budgets and the plans."""
+    out: Path = Path("runs/run")
+    """Run folder to make."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint, as if it had never stopped."""
+    init_from: Path | None = None
+    """Start from the controller of this finished run (of any estimator) instead of a fresh one."""
+    width: int = 48
+    """Width of the controller."""
+    learning_rate: float = 1e-3
+    """Of Adam, falling linearly to zero."""
+    validate_every: int = 10_000
+    """Answered plans between validations."""
+    validate_queries: int = 500
+    """Queries in a validation."""
+    checkpoint_every: int = 10_000
+    """Answered plans between checkpoints."""
+    test_budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Budgets of the final table."""
+    test_queries: int | None = None
+    """Queries of the test split to use; all by default."""
+    wandb: str | None = None
+    """Also track the run in this Weights & Biases project; without a key, offline."""
+
+    def check(self) -> None:
+        """Refuse options that cannot work, before anything is loaded or written.
+
+        Raises:
+            InputError: naming the option, its value and what it must be.
+        """
+        check_axes(self.axes)
+        check_budgets(self.test_budgets)
+        self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
+        if not self.learning_rate > 0:
+            raise InputError(f"--learning-rate is {self.learning_rate:g}; it must be above 0")
+
+    def check_at_least_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+    def sizes(self, backbone: Backbone, **more: Any) -> ControllerConfig:
+        """Of the controller to train."""
+        axes = check_axes(self.axes)
+        return ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=self.width, axes=axes, **more)
+
+    def initial_weights(self, backbone: Backbone, sizes: ControllerConfig) -> dict[str, Any] | None:
+        """The weights that ``init_from`` names, or None.
+
+        Raises:
+            InputError: a controller of another size.
+        """
+        if self.init_from is None:
+            return None
+        controller = load_controller(self.init_from, backbone)
+        if controller.config.width != sizes.width or controller.config.pools != sizes.pools:
+            raise InputError(
+                f"--init-from {str(self.init_from)!r} has a controller of width {controller.config.width}, this run "
+                f"one of width {sizes.width}; give --width {controller.config.width}"
+            )
+        return controller.state_dict()
+
+
+class RunJournal:
+    """Metrics of a run: lines in its folder, further trackers, validations.
+
+    Args:
+        config: the run's options.
+        folder: where to write.
+        backbone: answers in validations.
+        tracker: further place for metrics.
+        name: of the policy, in records.
+    """
+
+    def __init__(self, config: ControllerRunConfig, folder: RunFolder, backbone: Backbone, tracker: Tracker, name: str):
+        self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
+        validation = load_queries(config.data, "validation").spread(config.validate_queries)
+        self.validation = EncodingBank(backbone, validation)
+        self.lines = 0
+        self.next_validation, self.next_checkpoint = config.validate_every, 0
+
+    def write(self, queries: int, metrics: dict[str, Any]) -> None:
+        """One line of metrics after so many answered plans."""
+        self.folder.log(queries=queries, **metrics)
+        self.lines += 1
+        self.tracker.log(queries, metrics)
+
+    def validate(self, queries: int, controller: TwoLevelController) -> None:
+        """A line with accuracy and FLOPs on the validation split at each budget."""
+        training = controller.training
+        planner = ControllerPlanner(controller, self.backbone, self.name)
+        records = evaluate(planner, self.backbone, self.validation, self.config.test_budgets, progress=False)
+        controller.train(training)
+        kept = ("accuracy", "llm_flops_ratio", "budget_violations")
+        self.write(queries, {"validation": {str(r["budget"]): {name: r[name] for name in kept} for r in records}})
+
+    def due_validation(self, queries: int) -> bool:
+        """Whether one is due; asking settles it."""
+        due = queries >= self.next_validation
+        self.next_validation += self.config.validate_every * due
+        return due
+
+    def due_checkpoint(self, queries: int) -> bool:
+        """Whether one is due; asking settles it."""
+        due = queries >= self.next_checkpoint
+        if due:
+            self.next_checkpoint = queries + self.config.checkpoint_every
+        return due
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {
+            "lines": self.lines,
+            "next_validation": self.next_validation,
+            "next_checkpoint": self.next_checkpoint,
+        }
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Continue from there; later lines are dropped."""
+        self.lines = state["lines"]
+        self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
+        self.folder.truncate_metrics(self.lines)
+
+
+def conclude(
+    config: ControllerRunConfig,
+    folder: RunFolder,
+    tracker: Tracker,
+    controller: TwoLevelController,
+    backbone: Backbone,
+    name: str,
+    began: float,
+) -> None:
+    """Save the controller, evaluate it beside random plans of equal cost and the plain model, draw and print."""
+    save_controller(controller, folder.path)
+    bank = EncodingBank(backbone, load_queries(config.data, "test", config.test_queries))
+    planners: list[Planner] = [
+        FullPlanner(backbone),
+        RandomPlanner(backbone, config.seed, check_axes(config.axes)),
+        ControllerPlanner(controller, backbone, name),
+    ]
+    records: list[Record] = []
+    for planner in planners:
+        records += evaluate(planner, backbone, bank, config.test_budgets, config.seed)
+    folder.write_result(records)
+    report.plot_tradeoff(records, folder.path / "tradeoff.png")
+    report.plot_training(folder.metrics(), folder.path / "training.png")
+    tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
+    print(report.table(records))
+    print(f"\nrun folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")

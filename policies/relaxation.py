@@ -1,0 +1,183 @@
+"""Decisions relaxed so that gradients pass: Gumbel straight-through, and a soft top-k under the budget.
+
+Both drive the same controller in the same order as ``Decider``: tokens, then heads and layers given the tokens kept and
+the budget left. They differ from policy gradients in one thing only, how the loss reaches the logits.
+
+Shape legend: B rows, A flat action length, N visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbones.encoding import Encoding
+from backbones.soft_decoder import Gates, soft_llm_flops
+from policies.decisions import Decider, Decisions
+from policies.projection import budget_flops
+
+ESTIMATORS = ("gumbel", "soft-topk")
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A batch of relaxed plans.
+
+    Attributes:
+        gates_BA: what the model runs with, in flat-action order.
+        soft_BA: what is priced: the same but for straight-through estimators, whose gates are 0 and 1.
+    """
+
+    gates_BA: Tensor
+    soft_BA: Tensor
+
+    def gates(self, decider: Decider) -> Gates:
+        return _gates(decider, self.gates_BA)
+
+    def flops(self, decider: Decider, encoding: Encoding) -> Tensor:
+        """(B,) relaxed FLOPs, the controller's own included."""
+        return soft_llm_flops(
+            decider.backbone, encoding, _gates(decider, self.soft_BA), decider.controller_flops(encoding)
+        )
+
+
+def gumbel_straight_through(
+    decider: Decider, encoding: Encoding, budgets_B: Tensor, temperature: float, fit: bool = True
+) -> Relaxed:
+    """Binary Gumbel-softmax with straight-through gradients (Jang et al., ICLR 2017; Maddison et al., ICLR 2017).
+
+    A unit is kept if its logit plus logistic noise is positive. The forward pass takes that bit, the backward pass the
+    derivative of sigmoid((logit + noise) / temperature).
+
+    Args:
+        decider: drives the controller.
+        encoding: B queries.
+        budgets_B: shares of the full plan's LLM FLOPs.
+        temperature: of the relaxation; high is smooth and biased, low is steep and noisy.
+        fit: whether the bits are projected into the budget, as they are when the controller is used; the projection
+            passes gradients straight through too.
+    """
+    reading = decider.read(encoding, budgets_B)
+    free_BA = decider.free(encoding)
+    free_BN = free_BA[:, decider.layout.level1]
+    token_logits_BN = _with_noise(decider.controller.token_logits(reading))
+    soft_BN = _soft(token_logits_BN, free_BN, temperature)
+    kept_BN = (token_logits_BN > 0) | ~free_BN
+    gates_BN = _straight_through(kept_BN, soft_BN) * encoding.visual_valid_BN
+    left_B = decider.budget_left(encoding, kept_BN & encoding.visual_valid_BN, budgets_B)
+    llm_logits = _with_noise(decider.controller.llm_logits(reading, gates_BN, left_B))
+    logits_BA = torch.cat([token_logits_BN, llm_logits], dim=1)
+    soft_BA = torch.cat([soft_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
+    bits_BA = (logits_BA > 0) | ~free_BA
+    if fit:
+        masks = decider.fit(encoding, Decisions(logits_BA.detach(), bits_BA, free_BA), budgets_B)
+        bits_BA = decider.layout.flatten(masks)
+    return Relaxed(_straight_through(bits_BA, soft_BA), soft_BA)
+
+
+def soft_top_k(
+    decider: Decider, encoding: Encoding, budgets_B: Tensor, temperature: float, noise: float = 0.0
+) -> Relaxed:
+    """Sigmoids shifted, row by row, until the relaxed plan costs its budget: a top-k whose k is counted in FLOPs.
+
+    Deterministic but for optional Gaussian noise on the logits; the gradient through the shift is exact (implicit
+    differentiation). As the temperature falls the gates approach the plan that the ``fill`` rule executes.
+
+    Args:
+        decider: drives the controller.
+        encoding: B queries.
+        budgets_B: shares of the full plan's LLM FLOPs.
+        temperature: of the sigmoids.
+        noise: standard deviation of the noise; it keeps units apart from the threshold, so that little is lost when the
+            gates become bits.
+    """
+    reading = decider.read(encoding, budgets_B)
+    free_BA = decider.free(encoding)
+    free_BN = free_BA[:, decider.layout.level1]
+    token_logits_BN = decider.controller.token_logits(reading)
+    kept_BN = ((token_logits_BN > 0) | ~free_BN) & encoding.visual_valid_BN
+    left_B = decider.budget_left(encoding, kept_BN, budgets_B)
+    # What level 2 reads are the tokens that level 1 would keep by itself, as when the controller is used.
+    gates_BN = _straight_through(kept_BN, _soft(token_logits_BN, free_BN, temperature)) * encoding.visual_valid_BN
+    logits_BA = torch.cat([token_logits_BN, decider.controller.llm_logits(reading, gates_BN, left_B)], dim=1)
+    if noise:
+        logits_BA = logits_BA + noise * torch.randn_like(logits_BA)
+    limits_B = budget_flops(budgets_B, decider.backbone.full_llm_flops(encoding)).double()
+
+    def relaxed(shift_B: Tensor, logits_BA: Tensor) -> Relaxed:
+        gates_BA = _soft(logits_BA - shift_B[:, None].to(logits_BA.dtype), free_BA, temperature)
+        return Relaxed(gates_BA, gates_BA)
+
+    def spent(shift_B: Tensor, logits_BA: Tensor) -> Tensor:
+        return relaxed(shift_B, logits_BA).flops(decider, encoding)
+
+    shift_B = _solve(lambda shift_B: spent(shift_B, logits_BA.detach()), limits_B, logits_BA.detach(), temperature)
+    slope_B = _slope(lambda shift_B: spent(shift_B, logits_BA.detach()), shift_B)
+    # One Newton step from the solution: worth nothing, with the derivative of the solution itself.
+    shift_B = shift_B - (spent(shift_B, logits_BA) - limits_B) / slope_B
+    return relaxed(shift_B, logits_BA)
+
+
+def _solve(
+    spent: Callable[[Tensor], Tensor], limits_B: Tensor, logits_BA: Tensor, temperature: float, halvings: int = 40
+) -> Tensor:
+    """(B,) float64 shifts at which the relaxed plans cost their limits, by bisection; 0 where all of it fits."""
+    reach = 20 * temperature
+    low_B = logits_BA.amin(1).double() - reach
+    high_B = logits_BA.amax(1).double() + reach
+    with torch.no_grad():
+        for _ in range(halvings):
+            middle_B = (low_B + high_B) / 2
+            over_B = spent(middle_B) > limits_B
+            low_B, high_B = torch.where(over_B, middle_B, low_B), torch.where(over_B, high_B, middle_B)
+    return high_B
+
+
+def _slope(spent: Callable[[Tensor], Tensor], shift_B: Tensor) -> Tensor:
+    """(B,) derivative of what is spent by the shift, negative and away from zero."""
+    with torch.enable_grad():
+        at_B = shift_B.detach().requires_grad_()
+        (slope_B,) = torch.autograd.grad(spent(at_B).sum(), at_B)
+    return slope_B.clamp_max(-1.0)
+
+
+def _with_noise(logits: Tensor) -> Tensor:
+    """Logits plus standard logistic noise, the difference of two Gumbel variables."""
+    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    return logits + uniform.logit()
+
+
+def _soft(logits: Tensor, free: Tensor, temperature: float) -> Tensor:
+    """Sigmoids of the logits; 1 where nothing is decided."""
+    return (logits / temperature).sigmoid().where(free, 1.0)
+
+
+def _straight_through(bits: Tensor, soft: Tensor) -> Tensor:
+    """The bits, with the derivative of ``soft``."""
+    return bits.to(soft.dtype) + soft - soft.detach()
+
+
+def _gates(decider: Decider, flat_BA: Tensor) -> Gates:
+    layout = decider.layout
+    tokens, heads, layers = flat_BA.split([layout.tokens, layout.layers * layout.heads, layout.layers], dim=1)
+    return Gates(tokens, heads.unflatten(1, (layout.layers, layout.heads)), layers)
+
+
+def cost_loss(kind: str, spent_B: Tensor, budgets_B: Tensor, under: float = 0.1) -> Tensor:
+    """Mean price of what relaxed plans spend.
+
+    Args:
+        kind: ``"penalty"``: the share of FLOPs spent; ``"budget"``: the squared relative overspend, and ``under`` times
+            the share left unspent.
+        spent_B: share of the full plan's LLM FLOPs.
+        budgets_B: the share that may be spent.
+        under: weight of leaving budget unspent.
+    """
+    if kind == "penalty":
+        return spent_B.mean()
+    over_B = F.relu(spent_B - budgets_B) / budgets_B
+    return (over_B.square() + under * F.relu(budgets_B - spent_B)).mean()
