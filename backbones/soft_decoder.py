@@ -22,9 +22,9 @@ from backbones.decoder import rotate
 from backbones.encoding import Encoding
 from backbones.masks import Masks
 
-CEILING = 30.0
-"""Attention logits of dropped tokens count at most so much above the largest kept one, lest their exponential, which is
-multiplied by 0, overflow."""
+CEILING = 5.0
+"""Attention logits of dropped tokens count at most so much above the largest kept one: their exponential, which is
+multiplied by 0, must not overflow, and a dropped token that would draw all attention must not drown the gradient."""
 
 
 @dataclass(frozen=True)

@@ -164,5 +164,5 @@ class TwoLevelController(nn.Module):
 
 def share_features(share_B: Tensor) -> Tensor:
     """A share in [0, about 2] on four scales, (B, 4) float32."""
-    share_B = share_B.float().clamp(0, 2)
+    share_B = share_B.float().clamp(1e-6, 2)  # not 0, where the root has no slope to differentiate
     return torch.stack([share_B, share_B.square(), share_B.sqrt(), (share_B + 0.05).log()], dim=1)

@@ -158,7 +158,7 @@ def _soft(logits: Tensor, free: Tensor, temperature: float) -> Tensor:
 
 def _straight_through(bits: Tensor, soft: Tensor) -> Tensor:
     """The bits, with the derivative of ``soft``."""
-    return bits.to(soft.dtype) + soft - soft.detach()
+    return bits.to(soft.dtype) + (soft - soft.detach())
 
 
 def _gates(decider: Decider, flat_BA: Tensor) -> Gates:

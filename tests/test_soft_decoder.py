@@ -55,7 +55,8 @@ def test_every_decision_gets_a_gradient_kept_or_dropped(backbone, bank):
     assert (gates.tokens.grad[~encoding.visual_valid_BN] == 0).all()
     runs = gates.layers.detach().bool()
     assert (gates.heads.grad[runs] != 0).all() and (gates.heads.grad[~runs] == 0).all()
-    assert (gates.layers.grad != 0).float().mean() > 0.9
+    has_heads = gates.heads.detach().any(2) | (backbone.decoder.width == "heads")
+    assert (gates.layers.grad[has_heads] != 0).all(), "a layer without heads adds nothing, kept or not"
 
 
 def test_gradients_are_those_of_small_steps(small, source):

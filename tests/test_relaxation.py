@@ -1,0 +1,184 @@
+"""Relaxed decisions: what is sampled, what is priced, and how far the gradients are from the exact ones."""
+
+import pytest
+import torch
+
+from backbones import Backbone, EncodingBank, InputError
+from backbones.families.llava import LlavaFamily
+from backbones.masks import AXES
+from backbones.tiny import build_tiny
+from eval.gradients import FixedLogits, gradient_quality
+from policies.controller import ControllerConfig, TwoLevelController
+from policies.decisions import Decider
+from policies.learned import ControllerPlanner
+from policies.projection import budget_flops
+from policies.relaxation import cost_loss, gumbel_straight_through, soft_top_k
+from policies.relaxed_training import RelaxationSettings
+from tests.conftest import WORDS
+
+ROWS = 8
+
+
+def decider_of(backbone, seed=0, **sizes):
+    torch.manual_seed(seed)
+    config = ControllerConfig.for_layout(
+        backbone.layout, backbone.hidden, **{"width": 8, "initial_logit": 0.5, **sizes}
+    )
+    controller = TwoLevelController(config)
+    for parameter in controller.parameters():
+        parameter.data.add_(0.15 * torch.randn_like(parameter))
+    return Decider(controller, backbone)
+
+
+@pytest.fixture
+def encoding(small, source):
+    return EncodingBank(small, source).gather(range(ROWS))
+
+
+BUDGETS = torch.linspace(0.6, 0.95, ROWS, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_straight_through_gates_are_bits_with_the_sigmoids_gradient(small, encoding, fit):
+    decider = decider_of(small)
+    relaxed = gumbel_straight_through(decider, encoding, BUDGETS, 1.0, fit)
+    gates = relaxed.gates_BA
+    assert ((gates.detach() == 0) | (gates.detach() == 1)).all()
+    assert ((relaxed.soft_BA > 0) & (relaxed.soft_BA <= 1)).all()
+    protected = small.layout.protected()
+    assert (gates[:, protected] == 1).all() and (gates[:, ~protected] == 0).any()
+    spent = small.cost(encoding, small.layout.unflatten(gates.detach().bool()), decider.controller_flops(encoding)).llm
+    within = spent <= budget_flops(BUDGETS, small.full_llm_flops(encoding))
+    assert within.all() == fit, "without projection some of these plans are over their budgets"
+    parameters = [*decider.controller.parameters()]
+    of_gates, of_soft = (
+        torch.autograd.grad(x.sum(), parameters, retain_graph=True, allow_unused=True) for x in (gates, relaxed.soft_BA)
+    )
+    for one, two in zip(of_gates, of_soft, strict=True):
+        assert (one is None and two is None) or torch.allclose(one, two)
+
+
+def test_gumbel_keeps_with_the_probability_of_the_logit(small, encoding):
+    logits = torch.linspace(-2, 2, small.layout.size)
+    config = ControllerConfig.for_layout(small.layout, small.hidden)
+    rows = encoding.rows(torch.zeros(4000, dtype=torch.long))
+    torch.manual_seed(0)
+    decider = Decider(FixedLogits(config, logits.expand(4000, -1).clone()), small)
+    kept = gumbel_straight_through(decider, rows, torch.ones(4000), 0.7, fit=False).gates_BA.mean(0)
+    free = ~small.layout.protected()
+    assert torch.allclose(kept[free], logits.sigmoid()[free], atol=0.04)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_a_soft_top_k_costs_its_budget(small, encoding, temperature):
+    decider = decider_of(small, rule="fill")
+    relaxed = soft_top_k(decider, encoding, BUDGETS, temperature)
+    spent = relaxed.flops(decider, encoding) / small.full_llm_flops(encoding)
+    assert torch.allclose(spent, BUDGETS, atol=1e-4)
+    looser = soft_top_k(decider, encoding, BUDGETS + 0.04, temperature)
+    assert (looser.gates_BA.mean(1) > relaxed.gates_BA.mean(1)).all()
+
+
+def test_the_gradient_through_the_shift_is_exact(small, encoding):
+    """Against finite differences of one logit: the others' gates move too, for the budget is shared."""
+    config = ControllerConfig.for_layout(small.layout, small.hidden, rule="fill")
+    torch.manual_seed(0)
+    logits = torch.randn(1, small.layout.size, dtype=torch.float64)
+    row, budget = encoding.rows(torch.tensor([0])), torch.tensor([0.7], dtype=torch.float64)
+    weights = torch.randn(small.layout.size, dtype=torch.float64)
+
+    def value(at):
+        fixed = FixedLogits(config, at.clone())
+        return (soft_top_k(Decider(fixed, small), row, budget, 0.5).gates_BA * weights).sum(), fixed.logits_BA
+
+    out, leaf = value(logits)
+    out.backward()
+    for place in (0, 7, 20, 30):
+        ends = []
+        for step in (-1e-4, 1e-4):
+            moved = logits.clone()
+            moved[0, place] += step
+            ends.append(float(value(moved)[0].detach()))
+        assert float(leaf.grad[0, place]) == pytest.approx((ends[1] - ends[0]) / 2e-4, rel=1e-3, abs=1e-6)
+
+
+def test_a_cold_soft_top_k_is_what_the_fill_rule_executes(small, encoding):
+    config = ControllerConfig.for_layout(small.layout, small.hidden, rule="fill")
+    torch.manual_seed(1)
+    fixed = FixedLogits(config, torch.randn(ROWS, small.layout.size))
+    planner = ControllerPlanner.__new__(ControllerPlanner)
+    planner.decider = Decider(fixed, small)
+    executed = small.layout.flatten(planner.plan(encoding, BUDGETS))
+    soft = soft_top_k(planner.decider, encoding, BUDGETS, 0.01).gates_BA
+    unlike = ((soft > 0.5) != executed) & ~small.layout.protected()
+    assert unlike.sum(1).max() <= 1, "all but the unit at the threshold"
+
+
+@pytest.mark.parametrize("axes", [("tokens",), ("layers",), ("heads", "layers")])
+@pytest.mark.parametrize("estimator", ["gumbel", "soft-topk"])
+def test_an_axis_left_out_stays_full(small, encoding, axes, estimator):
+    decider = decider_of(small, axes=axes, rule="fill" if estimator == "soft-topk" else "threshold")
+    budgets = torch.full((ROWS,), 0.9, dtype=torch.float64)
+    relax = gumbel_straight_through if estimator == "gumbel" else soft_top_k
+    gates = relax(decider, encoding, budgets, 1.0).gates(decider)
+    plan = ControllerPlanner(decider.controller, small, "x").plan(encoding, budgets)
+    for axis in AXES:
+        assert bool((getattr(gates, axis) == 1).all()) == (axis not in axes)
+        assert bool(getattr(plan, axis).all()) or axis in axes
+
+
+def test_prices_by_hand():
+    spent, budgets = torch.tensor([0.8, 0.2]), torch.tensor([0.4, 0.5])
+    assert float(cost_loss("penalty", spent, budgets)) == pytest.approx(0.5)
+    assert float(cost_loss("budget", spent, budgets, under=0.1)) == pytest.approx((1.0 + 0.03) / 2)
+
+
+def test_schedules():
+    settings = RelaxationSettings(temperatures=(4.0, 1.0), cost_weight=3.0, warm_up=0.5)
+    assert [settings.temperature(x) for x in (0, 0.5, 1)] == pytest.approx([4, 2, 1])
+    assert [settings.price(x) for x in (0, 0.25, 0.5, 1)] == pytest.approx([0, 1.5, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("estimator", "arm", "--estimator is arm; it must be one of gumbel, soft-topk"),
+        ("temperatures", (0.5, 1.0), "two with 0 < last <= first"),
+        ("temperatures", (1.0, 0.0), "two with 0 < last <= first"),
+        ("temperatures", (float("nan"), 1.0), "two with 0 < last <= first"),
+        ("noise", -1.0, "--noise is -1.0; it must be at least 0"),
+        ("cost", "hinge", "one of budget, penalty"),
+        ("cost_weight", -2.0, "--cost-weight is -2.0"),
+        ("warm_up", 1.5, "--warm-up is 1.5; it must be a share"),
+        ("distillation", -0.1, "--distillation is -0.1"),
+    ],
+)
+def test_settings_out_of_range_are_named(option, value, words):
+    with pytest.raises(InputError, match=words):
+        RelaxationSettings(**{option: value})
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    """2 tokens kept or not, 2 layers of 2 heads: 4 + 4 + 2 bits, 1,024 plans."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden": 16, "layers": 2, "heads": 2, "intermediate": 16}
+    model, processor = build_tiny(WORDS, **sizes, vision_hidden=16, vision_layers=1)
+    return Backbone(LlavaFamily(model.requires_grad_(False), processor), "smallest", protected_layers=())
+
+
+def test_estimators_against_the_exact_gradient(smallest, source):
+    """The policy gradient is unbiased; straight-through is not, and the colder the noisier. Printed with ``-s``."""
+    torch.manual_seed(3)
+    logits = torch.randn(smallest.layout.size)
+    table = gradient_quality(smallest, source[0], logits, smallest.answer_ids("red"), samples=4096)
+    for name, figures in table.items():
+        print(name, {key: round(value, 3) for key, value in figures.items()})
+    exact, cold, hot = (
+        table[name]
+        for name in ("policy gradient", "straight-through, temperature 0.5", "straight-through, temperature 2")
+    )
+    standard_error = exact["spread"] / 4096**0.5
+    assert exact["bias"] < 3 * standard_error and exact["cosine"] > 0.9
+    assert hot["bias"] > 5 * hot["spread"] / 4096**0.5, "straight-through's bias is real"
+    assert cold["spread"] > hot["spread"]
