@@ -41,7 +41,7 @@ class GumbelConfig(ControllerRunConfig):
 
     estimator: Literal["gumbel", "soft-topk"] = "gumbel"
     """gumbel: keep or drop with Gumbel noise, gradients straight through; soft-topk: sigmoids shifted until the relaxed
-    plan costs its budget."""
+    plan costs its budget (always with the rule `fill`)."""
     temperatures: tuple[float, float] = (2.0, 0.5)
     """Of the relaxation, at the start and at the end."""
     noise: float = 0.0
@@ -89,7 +89,7 @@ class Trainer:
         self.config, self.backbone, self.journal = config, backbone, journal
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)
-        rule = "fill" if config.estimator == "soft-topk" else "threshold"
+        rule = "fill" if config.estimator == "soft-topk" else config.rule
         sizes = config.sizes(backbone, rule=rule, initial_logit=config.initial_logit)
         self.controller = TwoLevelController(sizes)
         weights = config.initial_weights(backbone, sizes)

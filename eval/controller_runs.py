@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
@@ -31,6 +31,9 @@ class ControllerRunConfig(Placement):
     """Queries: a name (`easy-vqa`, `scenes`), or a path with the columns image, question, answers."""
     axes: tuple[str, ...] = AXES
     """What the controller decides on: some of tokens, heads, layers. An axis left out stays full."""
+    rule: Literal["threshold", "fill"] = "threshold"
+    """How logits become a plan. threshold: units with a positive logit, projected into the budget where they exceed it;
+    fill: the last level that is decided spends what the budget leaves."""
     budgets: tuple[float, float] = (0.2, 1.0)
     """Each training query's budget is uniform between these shares of the full plan's LLM FLOPs."""
     total_queries: int = 60_000
@@ -79,8 +82,8 @@ class ControllerRunConfig(Placement):
 
     def sizes(self, backbone: Backbone, **more: Any) -> ControllerConfig:
         """Of the controller to train."""
-        axes = check_axes(self.axes)
-        return ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=self.width, axes=axes, **more)
+        more = {"width": self.width, "axes": check_axes(self.axes), "rule": self.rule, **more}
+        return ControllerConfig.for_layout(backbone.layout, backbone.hidden, **more)
 
     def initial_weights(self, backbone: Backbone, sizes: ControllerConfig) -> dict[str, Any] | None:
         """The weights that ``init_from`` names, or None.

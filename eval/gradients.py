@@ -11,16 +11,33 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, Query
+from backbones.families.llava import LlavaFamily
 from backbones.soft_decoder import Gates, soft_answer_logits
+from backbones.tiny import build_tiny
+from eval.report import markdown
 from policies.controller import ControllerConfig
 from policies.decisions import Decider
 from policies.relaxation import gumbel_straight_through
+
+
+def smallest_case() -> tuple[Backbone, Query]:
+    """A random LLaVA of 4 visual tokens and 2 layers of 2 heads, nothing protected, so 1,024 plans; and a query."""
+    torch.manual_seed(0)
+    words = ["what color is the shape? red"]
+    sizes = {"image_size": 8, "patch_size": 4, "hidden": 16, "layers": 2, "heads": 2, "intermediate": 16}
+    model, processor = build_tiny(words, **sizes, vision_hidden=16, vision_layers=1)
+    family = LlavaFamily(model.requires_grad_(False), processor)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    query = Query("noise", Image.fromarray(noise), "what color is the shape?", ("red",))
+    return Backbone(family, "smallest", protected_layers=()), query
 
 
 class FixedLogits(nn.Module):
@@ -150,3 +167,10 @@ def _repeated(backbone: Backbone, query: Query, rows: int, answer: list[int] | N
     images = backbone.encode_images([query.the_image()])
     encoding = backbone.assemble(images, [query.question], continuations=None if answer is None else [answer])
     return encoding.rows(torch.zeros(rows, dtype=torch.long))
+
+
+def gradient_table(figures: dict[str, dict[str, float]]) -> str:
+    """As Markdown."""
+    rows: list[tuple[str, ...]] = [("estimator", "bias", "spread of one sample", "cosine of the mean")]
+    rows += [(name, *(f"{value:.3f}" for value in own.values())) for name, own in figures.items()]
+    return markdown(rows)

@@ -36,8 +36,9 @@ class ControllerConfig:
         initial_logit: keep-logit of every unit before training.
         text_tokens: longest prompt with positions of their own; later tokens share the last.
         axes: what it decides on; units of other axes are always kept.
-        rule: how logits become a plan. ``"threshold"``: units with a positive logit, then projected into the budget;
-            ``"fill"``: all units, projected, so that the budget is spent as far as it goes.
+        rule: how logits become a plan. ``"threshold"``: units with a positive logit, as many as there are, projected
+            into the budget where they exceed it. ``"fill"``: the last level that is decided spends what the budget
+            leaves, by a common shift of its logits.
     """
 
     tokens: int

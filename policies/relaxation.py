@@ -8,7 +8,6 @@ Shape legend: B rows, A flat action length, N visual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from backbones.encoding import Encoding
 from backbones.soft_decoder import Gates, soft_llm_flops
 from policies.decisions import Decider, Decisions
-from policies.projection import budget_flops
 
 ESTIMATORS = ("gumbel", "soft-topk")
 
@@ -36,13 +34,12 @@ class Relaxed:
     soft_BA: Tensor
 
     def gates(self, decider: Decider) -> Gates:
-        return _gates(decider, self.gates_BA)
+        return decider.gates(self.gates_BA)
 
     def flops(self, decider: Decider, encoding: Encoding) -> Tensor:
         """(B,) relaxed FLOPs, the controller's own included."""
-        return soft_llm_flops(
-            decider.backbone, encoding, _gates(decider, self.soft_BA), decider.controller_flops(encoding)
-        )
+        charged = decider.controller_flops(encoding)
+        return soft_llm_flops(decider.backbone, encoding, decider.gates(self.soft_BA), charged)
 
 
 def gumbel_straight_through(
@@ -64,12 +61,12 @@ def gumbel_straight_through(
     reading = decider.read(encoding, budgets_B)
     free_BA = decider.free(encoding)
     free_BN = free_BA[:, decider.layout.level1]
-    token_logits_BN = _with_noise(decider.controller.token_logits(reading))
+    token_logits_BN = _with_noise(decider.token_logits(encoding, reading, budgets_B))
     soft_BN = _soft(token_logits_BN, free_BN, temperature)
     kept_BN = (token_logits_BN > 0) | ~free_BN
     gates_BN = _straight_through(kept_BN, soft_BN) * encoding.visual_valid_BN
-    left_B = decider.budget_left(encoding, kept_BN & encoding.visual_valid_BN, budgets_B)
-    llm_logits = _with_noise(decider.controller.llm_logits(reading, gates_BN, left_B))
+    kept_BN = kept_BN & encoding.visual_valid_BN
+    llm_logits = _with_noise(decider.llm_logits(encoding, reading, kept_BN, budgets_B, gates_BN))
     logits_BA = torch.cat([token_logits_BN, llm_logits], dim=1)
     soft_BA = torch.cat([soft_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
     bits_BA = (logits_BA > 0) | ~free_BA
@@ -84,8 +81,8 @@ def soft_top_k(
 ) -> Relaxed:
     """Sigmoids shifted, row by row, until the relaxed plan costs its budget: a top-k whose k is counted in FLOPs.
 
-    Deterministic but for optional Gaussian noise on the logits; the gradient through the shift is exact (implicit
-    differentiation). As the temperature falls the gates approach the plan that the ``fill`` rule executes.
+    Deterministic but for optional Gaussian noise on the logits; the gradient through the shift is exact. Needs a
+    controller with the ``fill`` rule: as the temperature falls the gates approach the plan that this rule executes.
 
     Args:
         decider: drives the controller.
@@ -98,51 +95,14 @@ def soft_top_k(
     reading = decider.read(encoding, budgets_B)
     free_BA = decider.free(encoding)
     free_BN = free_BA[:, decider.layout.level1]
-    token_logits_BN = decider.controller.token_logits(reading)
+    token_logits_BN = decider.token_logits(encoding, reading, budgets_B, temperature)
+    token_logits_BN = token_logits_BN + noise * torch.randn_like(token_logits_BN)
     kept_BN = ((token_logits_BN > 0) | ~free_BN) & encoding.visual_valid_BN
-    left_B = decider.budget_left(encoding, kept_BN, budgets_B)
-    # What level 2 reads are the tokens that level 1 would keep by itself, as when the controller is used.
-    gates_BN = _straight_through(kept_BN, _soft(token_logits_BN, free_BN, temperature)) * encoding.visual_valid_BN
-    logits_BA = torch.cat([token_logits_BN, decider.controller.llm_logits(reading, gates_BN, left_B)], dim=1)
-    if noise:
-        logits_BA = logits_BA + noise * torch.randn_like(logits_BA)
-    limits_B = budget_flops(budgets_B, decider.backbone.full_llm_flops(encoding)).double()
-
-    def relaxed(shift_B: Tensor, logits_BA: Tensor) -> Relaxed:
-        gates_BA = _soft(logits_BA - shift_B[:, None].to(logits_BA.dtype), free_BA, temperature)
-        return Relaxed(gates_BA, gates_BA)
-
-    def spent(shift_B: Tensor, logits_BA: Tensor) -> Tensor:
-        return relaxed(shift_B, logits_BA).flops(decider, encoding)
-
-    shift_B = _solve(lambda shift_B: spent(shift_B, logits_BA.detach()), limits_B, logits_BA.detach(), temperature)
-    slope_B = _slope(lambda shift_B: spent(shift_B, logits_BA.detach()), shift_B)
-    # One Newton step from the solution: worth nothing, with the derivative of the solution itself.
-    shift_B = shift_B - (spent(shift_B, logits_BA) - limits_B) / slope_B
-    return relaxed(shift_B, logits_BA)
-
-
-def _solve(
-    spent: Callable[[Tensor], Tensor], limits_B: Tensor, logits_BA: Tensor, temperature: float, halvings: int = 40
-) -> Tensor:
-    """(B,) float64 shifts at which the relaxed plans cost their limits, by bisection; 0 where all of it fits."""
-    reach = 20 * temperature
-    low_B = logits_BA.amin(1).double() - reach
-    high_B = logits_BA.amax(1).double() + reach
-    with torch.no_grad():
-        for _ in range(halvings):
-            middle_B = (low_B + high_B) / 2
-            over_B = spent(middle_B) > limits_B
-            low_B, high_B = torch.where(over_B, middle_B, low_B), torch.where(over_B, high_B, middle_B)
-    return high_B
-
-
-def _slope(spent: Callable[[Tensor], Tensor], shift_B: Tensor) -> Tensor:
-    """(B,) derivative of what is spent by the shift, negative and away from zero."""
-    with torch.enable_grad():
-        at_B = shift_B.detach().requires_grad_()
-        (slope_B,) = torch.autograd.grad(spent(at_B).sum(), at_B)
-    return slope_B.clamp_max(-1.0)
+    gates_BN = _soft(token_logits_BN, free_BN, temperature) * encoding.visual_valid_BN
+    llm_logits = decider.llm_logits(encoding, reading, kept_BN, budgets_B, gates_BN, temperature)
+    llm_logits = llm_logits + noise * torch.randn_like(llm_logits)
+    gates_BA = torch.cat([gates_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
+    return Relaxed(gates_BA, gates_BA)
 
 
 def _with_noise(logits: Tensor) -> Tensor:
@@ -159,12 +119,6 @@ def _soft(logits: Tensor, free: Tensor, temperature: float) -> Tensor:
 def _straight_through(bits: Tensor, soft: Tensor) -> Tensor:
     """The bits, with the derivative of ``soft``."""
     return bits.to(soft.dtype) + (soft - soft.detach())
-
-
-def _gates(decider: Decider, flat_BA: Tensor) -> Gates:
-    layout = decider.layout
-    tokens, heads, layers = flat_BA.split([layout.tokens, layout.layers * layout.heads, layout.layers], dim=1)
-    return Gates(tokens, heads.unflatten(1, (layout.layers, layout.heads)), layers)
 
 
 def cost_loss(kind: str, spent_B: Tensor, budgets_B: Tensor, under: float = 0.1) -> Tensor:

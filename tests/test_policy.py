@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from backbones import Backbone, EncodingBank, InputError, MaskLayout
 from backbones.families.llava import LlavaFamily
+from backbones.masks import AXES
 from backbones.tiny import build_tiny
 from envs import MaskingCore, MaskingVecEnv
 from policies.controller import ControllerConfig, TwoLevelController
@@ -52,9 +53,11 @@ def smallest():
     return Backbone(LlavaFamily(model.requires_grad_(False), processor), "smallest", protected_layers=())
 
 
-def decider_of(backbone, seed=0):
+def decider_of(backbone, seed=0, rule="threshold", axes=AXES):
     torch.manual_seed(seed)
-    config = ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=8, initial_logit=0.0)
+    config = ControllerConfig.for_layout(
+        backbone.layout, backbone.hidden, width=8, initial_logit=0.0, rule=rule, axes=axes
+    )
     controller = TwoLevelController(config)
     for parameter in controller.parameters():  # far from uniform, so that conditioning matters
         parameter.data.add_(0.15 * torch.randn_like(parameter))
@@ -72,8 +75,9 @@ def log_probs(decider, encoding, budget, bits):
         return decider.review(repeated, decider.read(repeated, budgets), budgets, bits).log_prob()
 
 
-def test_joint_probabilities_sum_to_one_over_all_actions(smallest):
-    decider = decider_of(smallest)
+@pytest.mark.parametrize("rule", ["threshold", "fill"])
+def test_joint_probabilities_sum_to_one_over_all_actions(smallest, rule):
+    decider = decider_of(smallest, rule=rule)
     encoding = EncodingBank(smallest, some_queries()).gather([0])
     total = log_probs(decider, encoding, 0.6, every_action(smallest.layout)).exp().sum()
     assert float(total) == pytest.approx(1, abs=1e-5)
@@ -85,8 +89,9 @@ def some_queries():
     return DatasetQueries(make_dataset(4), "made", "train")
 
 
-def test_sampled_frequencies_match_the_joint_probabilities(smallest):
-    decider = decider_of(smallest)
+@pytest.mark.parametrize("rule", ["threshold", "fill"])
+def test_sampled_frequencies_match_the_joint_probabilities(smallest, rule):
+    decider = decider_of(smallest, rule=rule)
     draws = 40_000
     encoding = EncodingBank(smallest, some_queries()).gather([0]).rows(torch.zeros(draws, dtype=torch.long))
     budgets = torch.full((draws,), 0.6)
@@ -101,6 +106,26 @@ def test_sampled_frequencies_match_the_joint_probabilities(smallest):
     assert float((counts - exact).abs().sum() / 2) < 1.3 * expected
     shuffled = exact[torch.randperm(1024, generator=torch.Generator().manual_seed(0))]
     assert float((counts - shuffled).abs().sum() / 2) > 3 * expected, "a wrong distribution would pass too"
+
+
+@pytest.mark.parametrize("axes", [AXES, ("tokens",)])
+def test_filling_plans_spend_their_budgets_in_the_mean(smallest, axes):
+    decider = decider_of(smallest, rule="fill", axes=axes)
+    budget = 0.7 if axes == AXES else 0.9
+    encoding = EncodingBank(smallest, some_queries()).gather([0]).rows(torch.zeros(4000, dtype=torch.long))
+    budgets = torch.full((4000,), budget, dtype=torch.float64)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
+        plans = decider.fit(
+            encoding, decider.decide(encoding, decider.read(encoding, budgets), budgets, False), budgets
+        )
+    full = smallest.full_llm_flops(encoding)
+    flops = decider.controller_flops(encoding)
+    sampled = smallest.cost(encoding, smallest.layout.unflatten(decisions.bits_BA), flops).llm / full
+    used = smallest.cost(encoding, plans, flops).llm / full
+    assert abs(float(sampled.mean()) - budget) < 0.02
+    assert (used <= budget).all() and float(used.mean()) > budget - 0.2
 
 
 def test_second_level_is_conditioned_on_the_first(smallest):
