@@ -116,7 +116,7 @@ def test_a_cold_soft_top_k_is_what_the_fill_rule_executes(small, encoding):
     # The unit at the threshold is half there, and if that is a layer, so is what hangs on it.
     assert unlike.float().mean() < 0.05
     hot = soft_top_k(planner.decider, encoding, 0.9 * BUDGETS, 5.0).gates_BA
-    assert ((hot > 0.5) != executed).float().mean() > 0.1
+    assert ((hot > 0.5) != executed).float().mean() > 0.07
 
 
 @pytest.mark.parametrize("axes", [("tokens",), ("layers",), ("heads", "layers")])
