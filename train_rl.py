@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from stable_baselines3 import PPO
@@ -29,7 +30,7 @@ from policies.checkpoints import (
 )
 from policies.controller import TwoLevelController
 from policies.group_buffer import GroupRolloutBuffer
-from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
+from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy, ratio_sizes
 
 
 @dataclasses.dataclass
@@ -50,6 +51,8 @@ class RLConfig(ControllerRunConfig):
     plans_per_query: int = 4
     """Plans tried for the same query and budget; with several, each is judged against the others (leave-one-out), with
     one, against the critic."""
+    ratios: Literal["joint", "level", "axis", "bit"] = "joint"
+    """Which decisions share one probability ratio: the whole plan, each level, each axis, or none."""
     epochs: int = 4
     """Passes over a rollout in each update."""
     batch_size: int = 256
@@ -91,8 +94,11 @@ def build(config: RLConfig) -> tuple[PPO, MaskingVecEnv]:
         clip_range=config.clip_range,
         ent_coef=config.entropy,
         rollout_buffer_class=GroupRolloutBuffer,
-        rollout_buffer_kwargs={"plans_per_query": config.plans_per_query},
-        policy_kwargs={"bank": core.bank, "controller": sizes},
+        rollout_buffer_kwargs={
+            "plans_per_query": config.plans_per_query,
+            "ratios": len(ratio_sizes(config.ratios, backbone.layout)),
+        },
+        policy_kwargs={"bank": core.bank, "controller": sizes, "ratios": config.ratios},
         seed=config.seed,
         device=backbone.device,
     )

@@ -37,8 +37,13 @@ class Decisions:
 
     def log_prob(self) -> Tensor:
         """(B,) joint log-probability of the bits: the sum over both levels."""
+        return self.log_prob_of_bits().sum(1)
+
+    def log_prob_of_bits(self) -> Tensor:
+        """(B, A) log-probability of each bit, given the first level's where it is of the second; 0 where nothing is
+        decided."""
         log_probs_BA = -F.binary_cross_entropy_with_logits(self.logits_BA, self.bits_BA.float(), reduction="none")
-        return (log_probs_BA * self.free_BA).sum(1)
+        return log_probs_BA * self.free_BA
 
     def entropy(self) -> Tensor:
         """(B,) entropy of the first level plus that of the second given the chosen tokens: a one-sample estimate of

@@ -3,7 +3,7 @@
 The backbone is not a sub-module: its weights are neither trained nor saved here. Observations hold query numbers, which
 are looked up in the bank, so the rollout buffer stores a number, a budget and int8 bits a transition.
 
-Shape legend: B rows, A flat action length.
+Shape legend: B rows, A flat action length, K probability ratios of a plan.
 """
 
 from __future__ import annotations
@@ -22,8 +22,32 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
+from backbones.errors import InputError
+from backbones.masks import MaskLayout
 from policies.controller import ControllerConfig, Reading, TwoLevelController
 from policies.decisions import Decider, Decisions
+
+RATIOS = ("joint", "level", "axis", "bit")
+"""PPO clips the ratio of new to old probability. ``joint``: of the whole plan, which leaves the clip range at once when
+a plan has many bits; ``level``: of tokens, and of heads and layers given them; ``axis``: of each dimension; ``bit``."""
+
+
+def ratio_sizes(ratios: str, layout: MaskLayout) -> list[int]:
+    """How many bits of the flat action share each ratio; the ratios' number is K.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+    llm = layout.layers * layout.heads + layout.layers
+    kinds = {
+        "joint": [layout.size],
+        "level": [layout.tokens, llm],
+        "axis": [layout.tokens, layout.layers * layout.heads, layout.layers],
+        "bit": [1] * layout.size,
+    }
+    if ratios not in kinds:
+        raise InputError(f"the ratios are {ratios!r}; they must be one of {', '.join(RATIOS)}")
+    return kinds[ratios]
 
 
 class TwoLevelPolicy(ActorCriticPolicy):
@@ -35,6 +59,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         lr_schedule: learning rate by remaining progress.
         bank: the queries' encodings; its encoder is the backbone.
         controller: sizes of the controller.
+        ratios: which bits share one probability ratio in PPO's objective: see ``RATIOS``.
         **options: SB3's own: ``optimizer_class``, ``optimizer_kwargs``.
     """
 
@@ -45,12 +70,14 @@ class TwoLevelPolicy(ActorCriticPolicy):
         lr_schedule: Schedule,
         bank: EncodingBank,
         controller: ControllerConfig,
+        ratios: str = "joint",
         **options: Any,
     ):
         assert isinstance(bank.encoder, Backbone)
         self.bank = bank
         self.backbone = bank.encoder
         self.controller_config = controller
+        self.ratio_sizes = ratio_sizes(ratios, self.backbone.layout)
         super().__init__(observation_space, action_space, lr_schedule, **options)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -62,19 +89,19 @@ class TwoLevelPolicy(ActorCriticPolicy):
         self.optimizer = self.optimizer_class(self.parameters(), **{"lr": lr_schedule(1), **self.optimizer_kwargs})
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions (B, A), values (B, 1) and joint log-probabilities (B,)."""
+        """Actions (B, A), values (B, 1) and log-probabilities (B, K), one for every ratio."""
         encoding, budgets_B, reading = self._read(obs)
         decisions = self.decider.decide(encoding, reading, budgets_B, sample=not deterministic)
         self.pending = encoding, decisions, budgets_B
-        return decisions.bits_BA.to(torch.int8), self.critic(reading.context_BW), decisions.log_prob()
+        return decisions.bits_BA.to(torch.int8), self.critic(reading.context_BW), self._log_probs(decisions)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (B, 1), joint log-probabilities (B,) and mean entropy per decision (B,)."""
+        """Values (B, 1), log-probabilities (B, K) and mean entropy per decision (B,)."""
         encoding, budgets_B, reading = self._read(obs)
         decisions = self.decider.review(encoding, reading, budgets_B, actions.bool())
         # Per decision, so that an entropy coefficient means the same for 94 decisions and for 1,632.
         entropy_B = decisions.entropy() / decisions.free_BA.sum(1)
-        return self.critic(reading.context_BW), decisions.log_prob(), entropy_B
+        return self.critic(reading.context_BW), self._log_probs(decisions), entropy_B
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         return self.critic(self._read(obs)[2].context_BW)
@@ -95,6 +122,10 @@ class TwoLevelPolicy(ActorCriticPolicy):
         encoding, decisions, budgets_B = self.pending
         masks = self.decider.fit(encoding, decisions, budgets_B)
         return self.backbone.layout.flatten(masks).cpu().numpy().astype(np.int8)
+
+    def _log_probs(self, decisions: Decisions) -> Tensor:
+        parts = decisions.log_prob_of_bits().split(self.ratio_sizes, dim=1)
+        return torch.stack([part.sum(1) for part in parts], dim=1)
 
     def _read(self, obs: PyTorchObs) -> tuple[Encoding, Tensor, Reading]:
         assert isinstance(obs, dict)

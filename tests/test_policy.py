@@ -20,11 +20,11 @@ from policies.decisions import Decider
 from policies.group_buffer import GroupRolloutBuffer
 from policies.learned import ControllerPlanner, load_controller, save_controller
 from policies.projection import budget_flops
-from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
+from policies.sb3_policy import RATIOS, FittedVecEnv, TwoLevelPolicy, ratio_sizes
 from tests.conftest import WORDS, make_dataset
 
 
-def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, plans_per_query=1, **more):
+def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, plans_per_query=1, ratios="joint", **more):
     core = MaskingCore(backbone, source, budgets=(0.6, 1.0), reward=reward)
     env = MaskingVecEnv(core, envs, plans_per_query)
     venv = FittedVecEnv(env) if fitted else env
@@ -34,9 +34,13 @@ def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, pla
         policy_kwargs={
             "bank": core.bank,
             "controller": ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=16),
+            "ratios": ratios,
         },
         rollout_buffer_class=GroupRolloutBuffer,
-        rollout_buffer_kwargs={"plans_per_query": plans_per_query},
+        rollout_buffer_kwargs={
+            "plans_per_query": plans_per_query,
+            "ratios": len(ratio_sizes(ratios, backbone.layout)),
+        },
         **{"n_steps": 4, "batch_size": 8, "n_epochs": 2, "seed": 0, **more},
     )
     if fitted:
@@ -165,8 +169,9 @@ def test_protected_units_are_no_decisions(small, source):
     assert torch.equal(changed.entropy(), decisions.entropy())
 
 
-def test_forward_and_evaluate_actions_agree(small, source):
-    model = make_ppo(small, source)
+@pytest.mark.parametrize("ratios", RATIOS)
+def test_forward_and_evaluate_actions_agree(small, source, ratios):
+    model = make_ppo(small, source, ratios=ratios)
     obs, _ = model.policy.obs_to_tensor(model.env.reset())
     with torch.no_grad():
         actions, values, log_prob = model.policy(obs)
@@ -193,11 +198,13 @@ class Watch(BaseCallback):
         self.ratio = (log_prob - torch.as_tensor(buffer.log_probs[0])).exp()
 
 
-def test_first_ratio_is_one_and_advantage_is_reward_minus_value(small, source):
-    model = make_ppo(small, source)
+@pytest.mark.parametrize("ratios", RATIOS)
+def test_first_ratio_is_one_and_advantage_is_reward_minus_value(small, source, ratios):
+    model = make_ppo(small, source, ratios=ratios)
     watch = Watch()
     model.learn(32, watch)
-    assert torch.allclose(watch.ratio, torch.ones(8), atol=1e-5)
+    count = {"joint": 1, "level": 2, "axis": 3, "bit": small.layout.size}[ratios]
+    assert torch.allclose(watch.ratio, torch.ones(8, count), atol=1e-5)
     assert np.allclose(watch.advantages, watch.rewards - watch.values, atol=1e-6)
     assert watch.actions.dtype == np.int8
     assert (watch.actions[-1] != watch.fitted).any(), "the buffer must hold what was sampled, not what was executed"
@@ -219,6 +226,26 @@ def test_executed_plans_fit_while_sampled_ones_may_not(small, source):
     assert (spent(actions) > limits).any()
     assert (spent(model.policy.fitted()) <= limits).all()
     assert (spent(predicted) <= limits).all()
+
+
+def test_ratios_multiply_to_the_joint_one_and_have_their_own_clips(small, source):
+    """The sums of all kinds of log-probabilities agree; the update is SB3's own, and differs between the kinds."""
+    after = {}
+    for ratios in RATIOS:
+        model = make_ppo(small, source, ratios=ratios, learning_rate=0.01)
+        obs, _ = model.policy.obs_to_tensor(model.env.reset())
+        torch.manual_seed(5)
+        with torch.no_grad():
+            _, _, log_probs = model.policy(obs)
+        after[ratios] = log_probs.sum(1), model
+    sums = [log_prob for log_prob, _ in after.values()]
+    assert all(torch.allclose(sums[0], other, atol=1e-5) for other in sums)
+    weights = []
+    for _, model in after.values():
+        model.set_random_seed(0)
+        model.learn(64)
+        weights.append(torch.cat([value.flatten() for value in model.policy.parameters()]))
+    assert all((one != two).any() for one, two in itertools.pairwise(weights))
 
 
 def test_an_update_moves_every_controller_parameter_and_nothing_of_the_backbone(small, source):
