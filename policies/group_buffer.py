@@ -34,7 +34,9 @@ class GroupRolloutBuffer(DictRolloutBuffer):
         super().reset()
         self.log_probs = np.zeros((self.buffer_size, self.n_envs, self.ratios), dtype=np.float32)
 
-    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> DictRolloutBufferSamples:
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> DictRolloutBufferSamples:
         samples = super()._get_samples(batch_inds, env)
         log_probs = samples.old_log_prob.view(-1, self.ratios)
         return samples._replace(old_log_prob=log_probs, advantages=samples.advantages[:, None])
