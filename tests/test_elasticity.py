@@ -22,14 +22,14 @@ from tests.conftest import command, make_dataset
 @pytest.mark.parametrize("axis", AXES)
 def test_random_plans_of_one_axis_leave_the_others_alone(small, source, axis):
     encoding = small.encode([source[number] for number in range(12)])
-    budgets = torch.full((12,), 0.6, dtype=torch.float64)
+    budgets = torch.full((12,), 0.7, dtype=torch.float64)
     planner = BASELINES[f"random-{axis}"](small, 0)
     masks = planner.plan(encoding, budgets)
     assert planner.name == f"random-{axis}"
     for other in AXES:
         assert bool(getattr(masks, other).all()) == (other != axis)
     spent = small.cost(encoding, masks).llm / small.full_llm_flops(encoding)
-    assert (spent <= 0.6).all() and spent.mean() > 0.3
+    assert (spent <= 0.7).all() and spent.mean() > 0.5
     again = BASELINES[f"random-{axis}"](small, 0).plan(encoding, budgets)
     assert torch.equal(getattr(again, axis), getattr(masks, axis))
     assert len(set(map(tuple, getattr(masks, axis).flatten(1).tolist()))) > 1
@@ -43,10 +43,10 @@ def test_a_budget_that_one_axis_cannot_reach_is_named(small, source):
 
 
 def test_records_by_axis(small, source):
-    records = accuracy_by_axis(small, EncodingBank(small, source), shares=(0.8, 0.1))
+    records = accuracy_by_axis(small, EncodingBank(small, source), shares=(0.8, 0.35))
     found = [(record["policy"], record["budget"]) for record in records]
-    assert found[0] == ("full", 1.0) and ("random-tokens", 0.1) not in found
-    assert {("random-tokens", 0.8), ("random-layers", 0.8), ("random-heads", 0.8), ("random-heads", 0.8)} <= set(found)
+    assert found[0] == ("full", 1.0) and ("random-tokens", 0.35) not in found
+    assert {("random-tokens", 0.8), ("random-layers", 0.8), ("random-heads", 0.8), ("random", 0.35)} <= set(found)
     lines = axes_table(records).splitlines()
     assert len(lines) == 2 + 4 and "–" in lines[2] and "80 %" in lines[0] and "all three" in lines[-1]
 

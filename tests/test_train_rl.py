@@ -113,7 +113,7 @@ BAD = [
     (["--budgets", "0.5", "1.5"], "budgets are (0.5, 1.5)"),
     (["--test-budgets", "0.5", "2"], "budget 2 is outside (0, 1]"),
     (["--total-queries", "0"], "--total-queries is 0"),
-    (["--learning-rate", "-1"], "--learning-rate -1"),
+    (["--learning-rate", "-1"], "--learning-rate is -1; it must be above 0"),
     (["--plans-per-query", "3"], "8 environments do not divide into groups of 3"),
     (["--config", "no.yaml"], "config 'no.yaml' does not exist"),
 ]
