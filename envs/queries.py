@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from backbones.encoding import Query, no_image
 from backbones.errors import InputError
+from backbones.naming import parse_options
 from envs.scenes import scenes
 
 COLUMNS = ("image", "question", "answers")
@@ -191,22 +191,10 @@ def _load(data: str, split: str) -> datasets.Dataset:
     """One data set by name, perhaps with options as in ``scenes:size=128,seed=3``, or by path."""
     name, _, options = data.partition(":")
     if name in NAMED:
-        return NAMED[name](split, **_parse_options(NAMED[name], name, options))
+        return NAMED[name](split, **parse_options(NAMED[name], f"data {name!r}", options, hidden=("split",)))
     if Path(data).exists():
         return _load_path(Path(data), split)
     raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
-
-
-def _parse_options(maker: Callable[..., datasets.Dataset], name: str, options: str) -> dict[str, int]:
-    known = [option for option in inspect.signature(maker).parameters if option != "split"]
-    parsed = {}
-    for option in options.split(",") if options else []:
-        key, _, value = option.partition("=")
-        if key not in known or not value.isdecimal():
-            have = f"its options are whole numbers for {', '.join(known)}" if known else "it has no options"
-            raise InputError(f"data {name!r} has no option {option!r}; {have}")
-        parsed[key] = int(value)
-    return parsed
 
 
 def _with_ids(dataset: datasets.Dataset) -> datasets.Dataset:

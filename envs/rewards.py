@@ -6,15 +6,13 @@ A reward is chosen by name, by dotted path ``package.module:function``, or as a 
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from backbones.errors import InputError
+from backbones.naming import import_dotted
 
 
 @dataclass(frozen=True)
@@ -159,19 +157,6 @@ def _parse(spec: str) -> tuple[str, float, Reward]:
         ) from error
     if name in REWARDS:
         return name, weight, REWARDS[name]
-    module, colon, function_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise InputError(f"unknown reward {name!r}; use one of {', '.join(REWARDS)}, or package.module:function")
-    return name, weight, _import(name, module, function_name)
-
-
-def _import(name: str, module: str, function_name: str) -> Reward:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), function_name)
-    except Exception as error:  # importing runs the user's module
-        raise InputError(f"reward {name!r} cannot be imported ({type(error).__name__}: {error})") from error
-    if not callable(function):
-        raise InputError(f"reward {name!r} is a {type(function).__name__}; it must be a function of RewardTerms")
-    return function
+    return name, weight, import_dotted(name, f"reward {name!r}", "a function of RewardTerms")
