@@ -34,7 +34,13 @@ def check_kernel(kernel: str) -> str:
 
 
 def attend_within_rows(
-    q_PHW: Tensor, k_PGW: Tensor, v_PGW: Tensor, ragged: Ragged, scale: float, kernel: str
+    q_PHW: Tensor,
+    k_PGW: Tensor,
+    v_PGW: Tensor,
+    ragged: Ragged,
+    scale: float,
+    kernel: str,
+    mask_b1SS: Tensor | None = None,
 ) -> Tensor:
     """(P, H, W): every token attends to its own row up to itself.
 
@@ -48,16 +54,18 @@ def attend_within_rows(
         ragged: the rows' lengths.
         scale: of the logits.
         kernel: ``"auto"`` takes FlashAttention-2 where it is installed and the tensors are half precision on CUDA.
+        mask_b1SS: added to the logits in place of the causal rule, which it must contain; FlashAttention takes none.
     """
     half = q_PHW.dtype in (torch.float16, torch.bfloat16)
-    if kernel == "flash" or (kernel == "auto" and flash_attn_varlen_func is not None and q_PHW.is_cuda and half):
+    flash = kernel == "flash" or (kernel == "auto" and flash_attn_varlen_func is not None and q_PHW.is_cuda and half)
+    if flash and mask_b1SS is None:
         bounds, longest = ragged.bounds, ragged.longest
         return flash_attn_varlen_func(
             q_PHW, k_PGW, v_PGW, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
         )
     q, k, v = (to_heads(x, ragged) for x in (q_PHW, k_PGW, v_PGW))
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, mask_b1SS, is_causal=mask_b1SS is None, scale=scale, enable_gqa=gqa)
     return ragged.unpad(out.transpose(1, 2).flatten(2)).unflatten(1, q_PHW.shape[1:])
 
 
@@ -66,6 +74,13 @@ def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     allows; None allows all."""
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
+
+
+def rotate(x_PHW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
+    """Rotary embedding of packed heads."""
+    first, second = x_PHW.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_PHW * cos_PW[:, None] + turned * sin_PW[:, None]
 
 
 def to_heads(x_PHW: Tensor, ragged: Ragged) -> Tensor:

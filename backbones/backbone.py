@@ -6,7 +6,7 @@ components, V vocabulary, t new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from backbones.arrange import arrange
 from backbones.cost import Cost
 from backbones.decoder import MaskedDecoder
 from backbones.encoding import EncodedImage, Encoding, Query
@@ -24,7 +25,11 @@ from backbones.errors import InputError
 from backbones.family import Family
 from backbones.kv_cache import KVCache
 from backbones.masks import MaskLayout, Masks
+from backbones.packed import pack
+from backbones.plan_cost import making_flops
 from backbones.ragged import Ragged
+from backbones.saliency import SIGNALS, stack
+from backbones.stages import token_counts
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Backbone:
             family.most_visual_tokens, text.num_hidden_layers, self.decoder.slots, tuple(protected_layers)
         )
         self.hidden = text.hidden_size
+        self.signals: set[str] = set()
         self.expected_answer_tokens = expected_answer_tokens
         self.prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
         self._decode_ids = lru_cache(maxsize=65536)(self._detokenize)
@@ -128,7 +134,26 @@ class Backbone:
                 ) from error
             parts = [self.encode_images([image], ids and [ids[row]]) for row, image in enumerate(images)]
             return [image for part in parts for image in part]
-        return self.read_batch(batch, self.family.features(batch), ids)
+        visual, saliency = self.family.observe(batch, sorted(self.signals))
+        encoded = self.read_batch(batch, visual, ids)
+        return [replace(image, saliency=own) for image, own in zip(encoded, saliency, strict=True)]
+
+    def listen(self, signals: Collection[str]) -> None:
+        """Ask the vision tower, from now on, for what planners read of it.
+
+        Args:
+            signals: of ``backbones.saliency.SIGNALS``.
+
+        Raises:
+            InputError: something that this family's tower does not have.
+        """
+        missing = sorted(set(signals) - set(self.family.signals))
+        if missing:
+            raise InputError(
+                f"the vision tower of {self.model.config.model_type!r} has no {missing[0]!r} ({SIGNALS[missing[0]]}); "
+                f"it has {', '.join(self.family.signals) or 'no such signal'}"
+            )
+        self.signals |= set(signals)
 
     def read_batch(
         self, batch: Any, features: Sequence[Tensor], ids: Sequence[str] | None = None
@@ -222,6 +247,7 @@ class Backbone:
             projector_flops_B=torch.tensor([image.projector_flops for image in images], device=device),
             ids=ids or [],
             answers=answers or [],
+            saliency=stack([image.saliency for image in images], self.layout.tokens),
         )
 
     def _to_layout(self, values_Bn: Tensor) -> Tensor:
@@ -298,6 +324,9 @@ class Backbone:
         if not bool(masks.layers.any(1).all()):
             row = int((~masks.layers.any(1)).nonzero()[0])
             raise InputError(f"the plan at row {row} keeps no layer; a plan must keep at least one")
+        for stage in masks.stages:
+            if not 0 <= stage.layer < layout.layers:
+                raise InputError(f"a stage stands before layer {stage.layer}; the layers are 0 to {layout.layers - 1}")
         return replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
 
     def pack(self, encoding: Encoding, masks: Masks) -> tuple[Tensor, Ragged, Tensor]:
@@ -306,22 +335,18 @@ class Backbone:
         Returns:
             Embeddings (P, D), the rows' lengths, and each token's rotary position in the unpruned sequence (P, R).
         """
-        x_BSD = torch.cat([encoding.visual_BND, encoding.text_BTD], dim=1)
-        keep_BS = torch.cat([masks.tokens, encoding.text_valid_BT], dim=1)
-        places_BS = torch.cat([encoding.visual_places_BN, encoding.text_places_BT], dim=1)
-        rope_BSR = torch.cat([encoding.visual_rope_BNR, encoding.text_rope_BTR], dim=1)
-        order_BS = places_BS.masked_fill(~keep_BS, torch.iinfo(torch.long).max).argsort(dim=1)
-        ragged = Ragged(keep_BS.sum(1).cpu(), x_BSD.device)
-        base_B = torch.arange(len(x_BSD), device=x_BSD.device) * x_BSD.shape[1]
-        index_P = (order_BS + base_B[:, None])[ragged.valid_within(x_BSD.shape[1])]
-        return x_BSD.flatten(0, 1)[index_P], ragged, rope_BSR.flatten(0, 1)[index_P]
+        tokens = pack(encoding, masks)
+        return tokens.x_PD, tokens.ragged, tokens.rope_PR
 
     def prefill(self, encoding: Encoding, masks: Masks, cache: bool = False) -> tuple[Tensor, KVCache | None]:
         """Logits of the first answer token (B, V) under each row's plan; differentiable."""
         masks = self.restrict(encoding, masks)
-        x_PD, ragged, rope_PR = self.pack(encoding, masks)
-        hidden_PD, kv = self.decoder.prefill(x_PD, ragged, rope_PR, masks, cache)
-        return self.model.lm_head(hidden_PD[ragged.last]), kv
+        arranged = arrange(encoding, masks)
+        tokens = pack(arranged.encoding, masks, arranged.sizes_BN, arranged.restored_B)
+        tokens, kv = self.decoder.run(tokens, masks, cache)
+        if kv is not None and masks.survivors is not None:
+            kv.moved_B = encoding.next_rope_B - arranged.encoding.next_rope_B
+        return self.model.lm_head(tokens.x_PD[tokens.ragged.last]), kv
 
     @torch.no_grad()
     def answer(
@@ -371,7 +396,10 @@ class Backbone:
         return (log_probs * within).sum(1)
 
     def extend(self, ids_Bt: Tensor, next_rope_B: Tensor, kv: KVCache) -> Tensor:
-        """Logits (B, t, V) after t more tokens a row, the first at rotary position ``next_rope_B``."""
+        """Logits (B, t, V) after t more tokens a row, the first at rotary position ``next_rope_B`` of the unpruned
+        sequence."""
+        if kv.moved_B is not None:
+            next_rope_B = next_rope_B - kv.moved_B
         steps = torch.arange(ids_Bt.shape[1], device=ids_Bt.device)
         components = 3 if self.family.rope_needs_grid else 1
         rope_BtR = (next_rope_B[:, None] + steps)[..., None].expand(-1, -1, components)
@@ -406,19 +434,30 @@ class Backbone:
         Args:
             encoding: B queries.
             masks: B plans.
-            controller: FLOPs of the controller that chose each plan, one number or (B,).
+            controller: FLOPs of the controller that chose each plan, one number or (B,). What the plan says of its own
+                making, and what its stages' scores and its layout cost, is added.
             new_tokens: answer tokens, one for all rows or (B,).
         """
         shape = self.decoder.shape
-        tokens_B = (masks.tokens & encoding.visual_valid_BN).sum(1) + encoding.text_tokens
+        masks = replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
+        n_BL = self.sequence_lengths(encoding, masks)
         answer = self.expected_answer_tokens if new_tokens is None else new_tokens
+        making_B = making_flops(shape, masks, encoding.visual_valid_BN.sum(1), encoding.text_tokens)
         return Cost(
             vision=encoding.vision_flops_B,
             projector=encoding.projector_flops_B,
-            controller=torch.zeros_like(tokens_B) + controller,
-            prefill=shape.prefill(masks, tokens_B),
-            decode=shape.decode(masks, tokens_B, answer),
+            controller=making_B + controller,
+            prefill=shape.prefill(masks, n_BL),
+            decode=shape.decode(masks, n_BL, answer),
         )
+
+    def visual_counts(self, masks: Masks) -> Tensor:
+        """(B, L) visual tokens in each layer under restricted plans."""
+        return token_counts(masks.tokens.sum(1), masks.stages, self.layout.layers)
+
+    def sequence_lengths(self, encoding: Encoding, masks: Masks) -> Tensor:
+        """(B, L) tokens in each layer, text and visual, under restricted plans."""
+        return self.visual_counts(masks) + encoding.text_tokens[:, None]
 
     def full_llm_flops(self, encoding: Encoding) -> Tensor:
         """(B,) FLOPs of the full plan's prefill and decode: what a budget of 1 is a share of."""

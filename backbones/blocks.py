@@ -1,13 +1,16 @@
 """How the rows of a batch with different head plans are covered by blocks that run together.
 
-Shape legend: B rows, H head slots.
+Shape legend: B rows, L layers, H head slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from backbones.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,37 @@ class LayerPlan:
     rows: Tensor | None
     attention: list[Block]
     mlp: list[Block]
+
+    def rows_of(self, block: Block, rows: int) -> Tensor:
+        """(b,) rows of the batch, which has so many, that a block computes, on the CPU."""
+        entering = torch.arange(rows) if self.rows is None else self.rows
+        return entering if block.rows is None else entering[block.rows]
+
+
+def plan_layers(masks: Masks, slots_per_group: int, mlp_follows_heads: bool) -> list[LayerPlan]:
+    """How every layer runs under B plans.
+
+    Args:
+        masks: B plans.
+        slots_per_group: consecutive slots that share a key-value group.
+        mlp_follows_heads: whether the MLP is cut as the heads are.
+    """
+    heads_BLH, layers_BL = masks.heads.cpu(), masks.layers.cpu()
+    every_slot = tuple(range(heads_BLH.shape[2]))
+    plans = []
+    for number in range(layers_BL.shape[1]):
+        heads_BH = heads_BLH[:, number] & layers_BL[:, number, None]
+        runs_B = heads_BH.any(1) if mlp_follows_heads else layers_BL[:, number]
+        rows = None if bool(runs_B.all()) else runs_B.nonzero()[:, 0]
+        if rows is not None:
+            heads_BH = heads_BH[rows]
+        attention = cut_blocks(heads_BH, slots_per_group)
+        if not mlp_follows_heads:
+            mlp = [Block(None, every_slot)] if len(heads_BH) else []
+        else:
+            mlp = attention if slots_per_group == 1 else cut_blocks(heads_BH)
+        plans.append(LayerPlan(rows, attention, mlp))
+    return plans
 
 
 def cut_blocks(heads_BH: Tensor, slots_per_group: int = 1) -> list[Block]:

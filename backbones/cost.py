@@ -4,11 +4,12 @@ Counted: matrix products and convolutions, attention at its full n x n (no causa
 there: norms, activations, softmax, rotary embedding, look-ups. All arithmetic is int64, so equality with the
 counter is exact.
 
-Shape legend: B rows, L layers, H head slots per layer.
+Shape legend: B rows, L layers, H head slots per layer, G key-value groups per layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -60,6 +61,7 @@ class DecoderShape:
             computed while any of its slots is kept.
         mlp_width: (H,) MLP columns in each head slot; their sum is the intermediate size.
         mlp_follows_heads: whether dropping a slot drops its MLP slice (``width="heads+mlp"``).
+        head_width: columns of one query head.
     """
 
     hidden: int
@@ -69,48 +71,55 @@ class DecoderShape:
     mlp_width: tuple[int, ...]
     slots_per_group: int = 1
     mlp_follows_heads: bool = True
+    head_width: int = 0
 
     def prefill(self, masks: AnyPlan, n: Tensor) -> Tensor:
         """FLOPs of the prefill up to the first answer token's logits, (B,) int64.
 
         Args:
             masks: B plans.
-            n: (B,) tokens of each prompt, text and visual, that the plans keep.
+            n: tokens of each prompt, text and visual, that the plans keep: (B,), or (B, L) layer by layer.
         """
-        per_token, per_pair = self.layer_terms(masks)
-        return n * per_token + n * n * per_pair + 2 * self.hidden * self.vocab
+        per_token_BL, per_pair_BL = self.layer_terms(masks)
+        n_BL = n[:, None] if n.dim() == 1 else n
+        return (n_BL * per_token_BL + n_BL * n_BL * per_pair_BL).sum(1) + 2 * self.hidden * self.vocab
 
     def decode(self, masks: AnyPlan, n: Tensor, new_tokens: int | Tensor) -> Tensor:
         """FLOPs of the steps after the prefill, (B,) int64.
 
         The first answer token comes out of the prefill, so an answer of ``new_tokens`` takes one step fewer.
-        Step t attends to the prompt and to t tokens of the answer.
+        Step t attends to what the prompt left in each layer and to t tokens of the answer.
         """
-        steps = (torch.as_tensor(new_tokens, device=n.device) - 1).clamp_min(0).expand_as(n)
-        per_token, per_pair = self.layer_terms(masks)
-        attended = steps * n + steps * (steps + 1) // 2
-        return steps * (per_token + 2 * self.hidden * self.vocab) + attended * per_pair
+        n_BL = n[:, None] if n.dim() == 1 else n
+        steps_B = (torch.as_tensor(new_tokens, device=n.device) - 1).clamp_min(0).expand(len(n))
+        per_token_BL, per_pair_BL = self.layer_terms(masks)
+        attended_BL = steps_B[:, None] * n_BL + (steps_B * (steps_B + 1) // 2)[:, None]
+        head = 2 * self.hidden * self.vocab
+        return steps_B * (per_token_BL.sum(1) + head) + (attended_BL * per_pair_BL).sum(1)
 
     def layer_terms(self, masks: AnyPlan) -> tuple[Tensor, Tensor]:
-        """Summed over layers: FLOPs per token, and per (query token, key token) pair; each (B,).
+        """FLOPs of each layer per token, and per (query token, key token) pair; each (B, L) int64.
 
         Written so that it also prices relaxed plans (``soft_decoder.Gates``), in floating point.
         """
         heads_BLH = masks.effective_heads
         heads_BLH = heads_BLH.long() if heads_BLH.dtype == torch.bool else heads_BLH
-        kept = heads_BLH.sum(1)  # (B, H) layers in which each slot is computed
         # A group is computed unless all its slots are dropped.
-        groups = (1 - (1 - heads_BLH.unflatten(2, (-1, self.slots_per_group))).prod(3)).sum(1)  # (B, G)
+        groups_BLG = 1 - (1 - heads_BLH.unflatten(2, (-1, self.slots_per_group))).prod(3)
         d = self.hidden
+        per_slot = [4 * d * width for width in self.query_width]
         mlp = [6 * d * width for width in self.mlp_width]
-        pair = kept @ kept.new_tensor([4 * width for width in self.query_width])
-        token = kept @ kept.new_tensor([4 * d * width for width in self.query_width])
-        token = token + groups @ kept.new_tensor([4 * d * width for width in self.key_width])
         if self.mlp_follows_heads:
-            token = token + kept @ kept.new_tensor(mlp)
-        else:
-            token = token + masks.layers.sum(1) * sum(mlp)
-        return token, pair
+            per_slot = [own + slice_ for own, slice_ in zip(per_slot, mlp, strict=True)]
+        token_BL = _weigh(heads_BLH, per_slot) + _weigh(groups_BLG, [4 * d * width for width in self.key_width])
+        if not self.mlp_follows_heads:
+            token_BL = token_BL + masks.layers * sum(mlp)
+        return token_BL, _weigh(heads_BLH, [4 * width for width in self.query_width])
+
+
+def _weigh(kept: Tensor, weights: Sequence[int]) -> Tensor:
+    """The sum of the weights of what is kept along the last axis, exact where the masks are."""
+    return (kept * torch.tensor(weights, device=kept.device)).sum(-1)
 
 
 def clip_tower_flops(

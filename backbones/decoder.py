@@ -1,6 +1,7 @@
 """A Llama-style decoder executed under a plan: what the plan removes is not computed.
 
-Dropped visual tokens are absent from the packed batch. A dropped layer is not entered by its rows. Dropped head
+Dropped visual tokens are absent from the packed batch; those that leave at a stage go when its layer is reached, and
+the layers before keep their keys and values. A dropped layer is not entered by its rows. Dropped head
 slots are sliced out of the q, k, v and o projections, and their MLP slices out of gate, up and down.
 
 Rows with different plans run together. Within a layer, the rows that keep it are covered by *blocks*, each a set
@@ -14,20 +15,26 @@ R rotary position components, t new tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backbones.attention import attend_to_cache, attend_within_rows, check_kernel, to_heads
-from backbones.blocks import Block, LayerPlan, cut_blocks
+from backbones.attention import attend_to_cache, attend_within_rows, check_kernel, rotate, to_heads
+from backbones.blocks import Block, LayerPlan, plan_layers
 from backbones.cost import DecoderShape
 from backbones.errors import InputError
+from backbones.frame import Frame
 from backbones.kv_cache import CachedBlock, KVCache
 from backbones.masks import Masks
+from backbones.packed import Packed
 from backbones.ragged import Ragged
 from backbones.sliced_linear import sliced_inputs, sliced_outputs
+from backbones.staging import Listener, Staging
+from backbones.token_scores import Heard
 
 WIDTHS = ("heads+mlp", "heads")
 
@@ -87,12 +94,35 @@ class MaskedDecoder:
             slots_per_group=self.slots_per_group,
             mlp_width=tuple(stop - start for start, stop in self.mlp_cuts),
             mlp_follows_heads=self.width == "heads+mlp",
+            head_width=self.head_width,
         )
+
+    def run(self, tokens: Packed, masks: Masks, cache: bool = False) -> tuple[Packed, KVCache | None]:
+        """Run a packed batch of prompts under one plan a row.
+
+        Args:
+            tokens: those that the plans keep before the first layer.
+            masks: B plans; their token part has been applied to ``tokens`` already, their stages are applied here.
+            cache: whether to keep keys and values for ``extend``.
+
+        Returns:
+            What is left of the tokens, with their final hidden states, normalised; and the cache if asked for.
+        """
+        plans, kv = self._begin(masks, cache)
+        staging = Staging(masks, partial(self._project_ahead, plans))
+        first, frame = self._frames(tokens)
+        for number, plan in enumerate(plans):
+            left = staging.enter(number, tokens)
+            if left is not tokens:
+                tokens, (first, frame) = left, self._frames(left)
+            where = first if number == 0 else frame
+            tokens = replace(tokens, x_PD=self._layer(number, plan, tokens.x_PD, where, kv, staging.listener(number)))
+        return replace(tokens, x_PD=self.model.norm(tokens.x_PD)), kv
 
     def prefill(
         self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, masks: Masks, cache: bool = False
     ) -> tuple[Tensor, KVCache | None]:
-        """Run a packed batch of prompts under one plan a row.
+        """As ``run``, for plans without stages, whose tokens are those that went in.
 
         Args:
             x_PD: input embeddings of the tokens that the plans keep, row after row.
@@ -104,9 +134,9 @@ class MaskedDecoder:
         Returns:
             Final hidden states (P, D), normalised, and the cache if asked for.
         """
-        plans = self._plan_layers(masks)
-        kv = KVCache(plans, [[] for _ in plans]) if cache else None
-        return self._run(x_PD, ragged, rope_PR, plans, kv), kv
+        assert not masks.stages, "plans with stages go through run"
+        plans, kv = self._begin(masks, cache)
+        return self._through(x_PD, Frame(ragged, *self.rope(x_PD, rope_PR)), plans, kv), kv
 
     def extend(self, x_BtD: Tensor, rope_BtR: Tensor, cache: KVCache) -> Tensor:
         """Run t further tokens a row against the cache, which grows by them.
@@ -115,57 +145,72 @@ class MaskedDecoder:
             Final hidden states (B, t, D), normalised.
         """
         rows, t = x_BtD.shape[:2]
-        ragged = Ragged(torch.full((rows,), t), x_BtD.device)
-        out_PD = self._run(x_BtD.flatten(0, 1), ragged, rope_BtR.flatten(0, 1), cache.plans, cache)
-        return out_PD.unflatten(0, (rows, t))
+        x_PD = x_BtD.flatten(0, 1)
+        frame = Frame(Ragged(torch.full((rows,), t), x_PD.device), *self.rope(x_PD, rope_BtR.flatten(0, 1)))
+        return self._through(x_PD, frame, cache.plans, cache).unflatten(0, (rows, t))
 
-    def _run(
-        self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, plans: list[LayerPlan], cache: KVCache | None
-    ) -> Tensor:
-        cos_PW, sin_PW = self.rope(x_PD, rope_PR)
-        for number, (layer, plan) in enumerate(zip(self.model.layers, plans, strict=True)):
-            if not (plan.attention or plan.mlp):
-                continue
-            cached = None if cache is None else cache.blocks[number]
-            if plan.rows is None:
-                x_PD = self._attend(layer, plan.attention, x_PD, ragged, (cos_PW, sin_PW), cached)
-                x_PD = self._feed_forward(layer, plan.mlp, x_PD, ragged)
-                continue
-            part, index = ragged.select(plan.rows)
-            x = self._attend(layer, plan.attention, x_PD[index], part, (cos_PW[index], sin_PW[index]), cached)
-            x_PD = x_PD.index_copy(0, index, self._feed_forward(layer, plan.mlp, x, part))
+    def _begin(self, masks: Masks, cache: bool) -> tuple[list[LayerPlan], KVCache | None]:
+        plans = plan_layers(masks, self.slots_per_group, self.width == "heads+mlp")
+        return plans, KVCache(plans, [[] for _ in plans]) if cache else None
+
+    def _through(self, x_PD: Tensor, frame: Frame, plans: list[LayerPlan], cache: KVCache | None) -> Tensor:
+        for number, plan in enumerate(plans):
+            x_PD = self._layer(number, plan, x_PD, frame, cache)
         return self.model.norm(x_PD)
+
+    def _layer(
+        self,
+        number: int,
+        plan: LayerPlan,
+        x_PD: Tensor,
+        frame: Frame,
+        cache: KVCache | None,
+        listener: Listener | None = None,
+    ) -> Tensor:
+        """One layer, entered by the rows that keep it."""
+        if not (plan.attention or plan.mlp):
+            return x_PD
+        layer = self.model.layers[number]
+        cached = None if cache is None else cache.blocks[number]
+        if plan.rows is None:
+            x_PD = self._attend(layer, plan.attention, x_PD, frame, cached, listener)
+            return self._feed_forward(layer, plan.mlp, x_PD, frame.ragged)
+        part, index = frame.select(plan.rows)
+        x = self._attend(layer, plan.attention, x_PD[index], part, cached, listener)
+        return x_PD.index_copy(0, index, self._feed_forward(layer, plan.mlp, x, part.ragged))
 
     def _attend(
         self,
         layer: Any,
         blocks: list[Block],
         x_PD: Tensor,
-        ragged: Ragged,
-        rope: tuple[Tensor, Tensor],
+        frame: Frame,
         cached: list[CachedBlock] | None,
+        listener: Listener | None,
     ) -> Tensor:
         """The attention part of a layer. ``cached`` is empty at the prefill, and filled by it."""
         if not blocks:
             return x_PD
         normed_PD = layer.input_layernorm(x_PD)
         filling = cached if cached is not None and not cached else None
+        scale = layer.self_attn.scaling
         updates = []
         for number, block in enumerate(blocks):
-            part, index = (ragged, None) if block.rows is None else ragged.select(block.rows)
-            h, cos, sin = (v if index is None else v[index] for v in (normed_PD, *rope))
-            q, k, v = self._project(layer.self_attn, block.slots, h, cos, sin)
-            scale = layer.self_attn.scaling
+            part, index = (frame, None) if block.rows is None else frame.select(block.rows)
+            h = normed_PD if index is None else normed_PD[index]
+            q, k, v = self._project(layer.self_attn, block.slots, h, part.cos_PW, part.sin_PW)
             if cached is not None and filling is None:
-                q, k, v = (to_heads(x, part) for x in (q, k, v))
+                q, k, v = (to_heads(x, part.ragged) for x in (q, k, v))
                 k, v, mask = cached[number].append(k, v)
                 out = attend_to_cache(q, self._share(k, block.slots), self._share(v, block.slots), mask, scale)
                 out_PW = out.flatten(0, 1).flatten(1)
             else:
                 if filling is not None:
-                    filling.append(CachedBlock(to_heads(k, part), to_heads(v, part), part))
+                    filling.append(CachedBlock(to_heads(k, part.ragged), to_heads(v, part.ragged), *part.cached))
                 k, v = self._share(k, block.slots), self._share(v, block.slots)
-                out_PW = attend_within_rows(q, k, v, part, scale, self.attention).flatten(1)
+                if listener is not None:
+                    listener(part, q, k, scale)
+                out_PW = attend_within_rows(q, k, v, part.ragged, scale, self.attention, part.mask).flatten(1)
             columns = self._columns(block.slots, self.query_heads)
             updates.append((index, sliced_inputs(layer.self_attn.o_proj, out_PW, columns)))
         return _add_updates(x_PD, updates)
@@ -174,13 +219,35 @@ class MaskedDecoder:
         self, attention: Any, slots: tuple[int, ...], h_PD: Tensor, cos_PW: Tensor, sin_PW: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of some slots, keys and values of their groups, each (P, heads, head width)."""
-        columns = self._columns(slots, self.query_heads)
-        kv_columns = self._columns(self._groups_of(slots), self.kv_heads)
-        projections = ((attention.q_proj, columns), (attention.k_proj, kv_columns), (attention.v_proj, kv_columns))
-        q, k, v = (
-            sliced_outputs(linear, h_PD, ranges).unflatten(-1, (-1, self.head_width)) for linear, ranges in projections
-        )
+        groups = self._groups_of(slots)
+        q = self._heads(attention.q_proj, h_PD, slots, self.query_heads)
+        k, v = (self._heads(linear, h_PD, groups, self.kv_heads) for linear in (attention.k_proj, attention.v_proj))
         return rotate(q, cos_PW, sin_PW), rotate(k, cos_PW, sin_PW), v
+
+    def _heads(self, linear: Any, h_PD: Tensor, units: tuple[int, ...], heads: int) -> Tensor:
+        """Projections of slots or groups that have ``heads`` heads each, (P, heads, head width)."""
+        return sliced_outputs(linear, h_PD, self._columns(units, heads)).unflatten(-1, (-1, self.head_width))
+
+    def _project_ahead(
+        self, plans: list[LayerPlan], tokens: Packed, asking_P: Tensor, layer_B: Tensor, there_B: Tensor
+    ) -> list[Heard]:
+        """Queries of the asking tokens and keys of all, in the layer that each row runs next, if any."""
+        heard = []
+        for number in layer_B[there_B].unique().tolist():
+            layer, mine = self.model.layers[number], ((layer_B == number) & there_B).cpu()
+            for block in plans[number].attention:
+                rows = plans[number].rows_of(block, len(mine))
+                if not bool(mine[rows].any()):
+                    continue
+                part, index = tokens.ragged.select(rows[mine[rows]])
+                h, asks_P = layer.input_layernorm(tokens.x_PD[index]), asking_P[index]
+                cos, sin = self.rope(h, tokens.rope_PR[index])
+                q = self._heads(layer.self_attn.q_proj, h[asks_P], block.slots, self.query_heads)
+                k = self._heads(layer.self_attn.k_proj, h, self._groups_of(block.slots), self.kv_heads)
+                q, k = rotate(q, cos[asks_P], sin[asks_P]), self._share(rotate(k, cos, sin), block.slots)
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+                heard.append(Heard(number, part, tokens.ids_P[index], asks_P, q, k, layer.self_attn.scaling))
+        return heard
 
     def _columns(self, units: tuple[int, ...], heads: int) -> list[tuple[int, int]]:
         """Projection columns of slots or groups that have ``heads`` heads each."""
@@ -216,24 +283,6 @@ class MaskedDecoder:
             updates.append((index, sliced_inputs(mlp.down_proj, inner, columns)))
         return _add_updates(x_PD, updates)
 
-    def _plan_layers(self, masks: Masks) -> list[LayerPlan]:
-        heads_BLH, layers_BL = masks.heads.cpu(), masks.layers.cpu()
-        every_slot = tuple(range(self.slots))
-        plans = []
-        for number in range(layers_BL.shape[1]):
-            heads_BH = heads_BLH[:, number] & layers_BL[:, number, None]
-            runs_B = heads_BH.any(1) if self.width == "heads+mlp" else layers_BL[:, number]
-            rows = None if bool(runs_B.all()) else runs_B.nonzero()[:, 0]
-            if rows is not None:
-                heads_BH = heads_BH[rows]
-            attention = cut_blocks(heads_BH, self.slots_per_group)
-            if self.width == "heads":
-                mlp = [Block(None, every_slot)] if len(heads_BH) else []
-            else:
-                mlp = attention if self.slots_per_group == 1 else cut_blocks(heads_BH)
-            plans.append(LayerPlan(rows, attention, mlp))
-        return plans
-
     def rope(self, x_PD: Tensor, rope_PR: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (P, head width), from the model's own rotary module, so every kind that it supports is
         right here too: positions go in as (1, P), or as (3, 1, P) for M-RoPE."""
@@ -241,12 +290,14 @@ class MaskedDecoder:
         cos, sin = self.model.rotary_emb(x_PD[None], positions)
         return cos[0], sin[0]
 
-
-def rotate(x_PHW: Tensor, cos_PW: Tensor, sin_PW: Tensor) -> Tensor:
-    """Rotary embedding of packed heads."""
-    first, second = x_PHW.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x_PHW * cos_PW[:, None] + turned * sin_PW[:, None]
+    def _frames(self, tokens: Packed) -> tuple[Frame, Frame]:
+        """Where the tokens stand, for the first layer and for all others."""
+        cos_PW, sin_PW = self.rope(tokens.x_PD, tokens.rope_PR)
+        frame = Frame(tokens.ragged, cos_PW, sin_PW, tokens.ids_P)
+        if tokens.calibration is None:
+            return frame, frame
+        first, others = tokens.calibration.biases(cos_PW, sin_PW, tokens.ragged)
+        return replace(frame, bias=first), replace(frame, bias=others)
 
 
 def _add_updates(x_PD: Tensor, updates: list[tuple[Tensor | None, Tensor]]) -> Tensor:

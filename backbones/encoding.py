@@ -7,7 +7,8 @@ D hidden width of the decoder, R rotary position components (1, or 3 for M-RoPE)
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.errors import InputError
+from backbones.saliency import Saliency
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class EncodedImage:
         grid: (time, height, width) in patches, for families whose rotary positions need it.
         vision_flops: of the vision tower on this image.
         projector_flops: of the projector on this image.
+        saliency: by signal, what the vision tower was asked.
     """
 
     visual_nD: Tensor
@@ -80,10 +83,12 @@ class EncodedImage:
     grid: tuple[int, ...] | None = None
     vision_flops: int = 0
     projector_flops: int = 0
+    saliency: Mapping[str, Saliency] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return self.visual_nD.numel() * self.visual_nD.element_size()
+        own = self.visual_nD.numel() * self.visual_nD.element_size()
+        return own + sum(part.nbytes for part in self.saliency.values())
 
 
 @dataclass
@@ -104,6 +109,7 @@ class Encoding:
         projector_flops_B: FLOPs of the projector.
         ids: the queries' ids.
         answers: the queries' accepted answers.
+        saliency: by signal, what the vision tower was asked of all images.
     """
 
     visual_BND: Tensor
@@ -119,6 +125,7 @@ class Encoding:
     projector_flops_B: Tensor
     ids: list[str] = field(default_factory=list)
     answers: list[tuple[str, ...]] = field(default_factory=list)
+    saliency: dict[str, Saliency] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.visual_BND.shape[0]
@@ -133,6 +140,8 @@ class Encoding:
         picked = rows.tolist()
 
         def pick(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {signal: part.rows(rows) for signal, part in value.items()}
             return value[rows] if isinstance(value, Tensor) else [value[row] for row in picked] if value else []
 
         return replace(self, **{entry.name: pick(getattr(self, entry.name)) for entry in fields(self)})
@@ -154,6 +163,11 @@ class QuerySource(Protocol):
 
 class Encoder(Protocol):
     """The part of a backbone that the bank uses."""
+
+    @property
+    def signals(self) -> AbstractSet[str]:
+        """What the vision tower is asked of every image."""
+        ...
 
     def encode_images(self, images: Sequence[Image.Image], ids: Sequence[str]) -> list[EncodedImage]: ...
 
@@ -252,7 +266,8 @@ class EncodingBank:
         return checked
 
     def _images(self, number_of_key: dict[Hashable, int]) -> dict[Hashable, EncodedImage]:
-        found = {key: self._kept[key] for key in number_of_key if key in self._kept}
+        asked = self.encoder.signals
+        found = {key: self._kept[key] for key in number_of_key if key in self._kept and asked <= self._asked(key)}
         for key in found:
             self._kept.move_to_end(key)
         missing = [key for key in number_of_key if key not in found]
@@ -267,7 +282,12 @@ class EncodingBank:
                 self._keep(key, image)
         return found
 
+    def _asked(self, key: Hashable) -> AbstractSet[str]:
+        return self._kept[key].saliency.keys()
+
     def _keep(self, key: Hashable, image: EncodedImage) -> None:
+        if key in self._kept:
+            self._bytes -= self._kept.pop(key).nbytes
         self._kept[key] = image
         self._bytes += image.nbytes
         while self._bytes > self.capacity_bytes and len(self._kept) > 1:

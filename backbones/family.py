@@ -9,7 +9,7 @@ Shape legend: S tokens of a sequence, R rotary position components.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from backbones.cost import clip_tower_flops, mlp_flops
 from backbones.errors import InputError
+from backbones.saliency import Saliency
 
 
 class Family(ABC):
@@ -31,6 +32,8 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]] = ()
     rope_needs_grid: ClassVar[bool] = False
     """Whether rotary positions follow the image's grid (``rope``) instead of the place in the sequence."""
+    signals: ClassVar[tuple[str, ...]] = ()
+    """What the vision tower can be asked (``backbones.saliency.SIGNALS``)."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor, self.config = model, processor, model.config
@@ -62,6 +65,28 @@ class Family(ABC):
     @abstractmethod
     def features(self, batch: Any) -> list[Tensor]:
         """Visual tokens after the projector, (n, D) an image; differentiable."""
+
+    def observe(self, batch: Any, signals: Collection[str]) -> tuple[list[Tensor], list[dict[str, Saliency]]]:
+        """``features``, and of each image what its tower says by the way.
+
+        Args:
+            batch: the processor's.
+            signals: of ``signals``.
+        """
+        visual = self.features(batch)
+        return visual, [{} for _ in visual]
+
+    def project(self, merged: Tensor) -> Tensor:
+        """Merged tokens as the language model takes them, (…, D).
+
+        Where a ``Saliency`` has features, these are merged, and must go through the projector; elsewhere visual tokens
+        are merged, and nothing is left to do.
+        """
+        return merged
+
+    def project_flops(self, tokens: Tensor) -> Tensor:
+        """FLOPs of ``project`` on so many tokens."""
+        return torch.zeros_like(tokens)
 
     def grid(self, batch: Any, row: int) -> tuple[int, ...] | None:
         """(time, height, width) of an image in patches, where rotary positions need it."""

@@ -83,15 +83,15 @@ class LatencyModel:
 def plan_features(backbone: Backbone, encoding: Encoding, masks: Masks) -> Tensor:
     """(B, F) float64 ``FEATURES`` of plans; FLOPs in 10^9, weights in 10^6."""
     masks = backbone.restrict(encoding, masks)
-    n = masks.tokens.sum(1) + encoding.text_tokens
-    per_token, per_pair = backbone.decoder.shape.layer_terms(masks)
+    n_BL = backbone.sequence_lengths(encoding, masks)
+    per_token_BL, per_pair_BL = backbone.decoder.shape.layer_terms(masks)
     runs = masks.effective_heads.any(2) if backbone.decoder.width == "heads+mlp" else masks.layers
     columns: Sequence[Tensor] = (
-        torch.ones_like(n),
+        torch.ones_like(n_BL[:, 0]),
         runs.sum(1),
-        per_token / 2e6,
-        n * per_token / 1e9,
-        n * n * per_pair / 1e9,
+        per_token_BL.sum(1) / 2e6,
+        (n_BL * per_token_BL).sum(1) / 1e9,
+        (n_BL * n_BL * per_pair_BL).sum(1) / 1e9,
     )
     return torch.stack([column.double() for column in columns], dim=1)
 

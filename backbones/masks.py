@@ -5,14 +5,16 @@ Shape legend: B rows (one plan each), N visual tokens, L layers, H head slots pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from backbones.errors import InputError
+from backbones.stages import Stage, cat_stages
+from backbones.survivors import Survivors
 
 AXES = ("tokens", "heads", "layers")
 """The three dimensions of a plan, in the order of the flat action."""
@@ -34,24 +36,52 @@ def check_axes(axes: Sequence[str]) -> tuple[str, ...]:
 class Masks:
     """The plans of a batch: boolean, True = keep.
 
+    The flat action is ``tokens``, ``heads`` and ``layers``; the rest is for rules that do more than masks say.
+
     Attributes:
         tokens: (B, N) visual tokens that the language model sees.
         heads: (B, L, H) head slots; those of a dropped layer mean nothing.
         layers: (B, L) decoder layers that are run.
+        stages: by layer: visual tokens that leave inside the decoder.
+        survivors: how the kept tokens are laid out; None: as they are.
+        making: (B,) int64 FLOPs that making the plan took, beyond what its planner charges for every query alike.
     """
 
     tokens: Tensor
     heads: Tensor
     layers: Tensor
+    stages: tuple[Stage, ...] = ()
+    survivors: Survivors | None = None
+    making: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Masks:
-        return Masks(self.tokens[rows], self.heads[rows], self.layers[rows])
+        return self.map(lambda part: part[rows])
 
     def to(self, device: torch.device | str) -> Masks:
-        return Masks(self.tokens.to(device), self.heads.to(device), self.layers.to(device))
+        return self.map(lambda part: part.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Masks:
+        """The plans with a function applied to each tensor."""
+        return Masks(
+            function(self.tokens),
+            function(self.heads),
+            function(self.layers),
+            tuple(stage.map(function) for stage in self.stages),
+            None if self.survivors is None else self.survivors.map(function),
+            None if self.making is None else function(self.making),
+        )
+
+    def with_bits(self, bits: Masks) -> Masks:
+        """These plans with the tokens, heads and layers of others."""
+        return replace(self, tokens=bits.tokens, heads=bits.heads, layers=bits.layers)
+
+    def where(self, condition_B: Tensor, other: Masks) -> Masks:
+        """These plans in rows where the condition holds, the other's elsewhere."""
+        rows_B = torch.arange(len(self), device=condition_B.device)
+        return Masks.cat([self, other])[torch.where(condition_B, rows_B, rows_B + len(self))]
 
     @property
     def effective_heads(self) -> Tensor:
@@ -60,10 +90,19 @@ class Masks:
 
     @staticmethod
     def cat(parts: Sequence[Masks]) -> Masks:
+        rows = [len(part) for part in parts]
+        made = [part.making for part in parts if part.making is not None]
+        makings = [
+            part.tokens.new_zeros(len(part), dtype=torch.int64) if part.making is None else part.making
+            for part in parts
+        ]
         return Masks(
             torch.cat([part.tokens for part in parts]),
             torch.cat([part.heads for part in parts]),
             torch.cat([part.layers for part in parts]),
+            cat_stages([part.stages for part in parts], rows),
+            Survivors.cat([part.survivors for part in parts], rows),
+            torch.cat(makings) if made else None,
         )
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.attention import rotate
 from backbones.backbone import Backbone
-from backbones.decoder import rotate
 from backbones.encoding import Encoding
 from backbones.masks import Masks
 

@@ -1,6 +1,6 @@
 """Budgets in milliseconds of prefill, for any planner that follows a budget.
 
-Shape legend: B rows, A flat action length.
+Shape legend: B rows.
 """
 
 from __future__ import annotations
@@ -71,24 +71,24 @@ class MillisecondPlanner:
         Raises:
             InputError: a query for which no plan is fast enough, or none is made at all.
         """
-        layout = self.backbone.layout
         high_B = share_B = budgets_B.to(encoding.visual_BND.device, torch.float64)
         low_B = least_share(self.backbone, encoding, self.planner.controller_flops(encoding)).minimum(high_B)
-        best_BA = layout.flatten(self.backbone.full(encoding))
+        best: Masks | None = None
         best_share_B, slowest_B, fastest_B = share_B, torch.zeros_like(share_B), torch.full_like(share_B, math.inf)
         for attempt in range(ATTEMPTS):
             masks, predicted_B = self._attempt(encoding, share_B)
             fits_B = predicted_B <= self.milliseconds
             better_B = fits_B & (predicted_B > 0) & (predicted_B >= slowest_B)
-            best_BA = torch.where(better_B[:, None], layout.flatten(masks), best_BA)
+            best = masks if best is None else masks.where(better_B, best)
             best_share_B = torch.where(better_B, share_B, best_share_B)
             slowest_B = torch.where(better_B, predicted_B, slowest_B)
             fastest_B = torch.where(predicted_B > 0, fastest_B.minimum(predicted_B), fastest_B)
             low_B, high_B = torch.where(fits_B, share_B, low_B), torch.where(fits_B, high_B, share_B)
             share_B = low_B if attempt == HALVINGS else (low_B + high_B) / 2
+        assert best is not None
         if (slowest_B == 0).any():
             self._refuse(encoding, fastest_B.masked_fill(slowest_B > 0, 0), budgets_B)
-        return layout.unflatten(best_BA), best_share_B
+        return best, best_share_B
 
     def _attempt(self, encoding: Encoding, share_B: Tensor) -> tuple[Masks, Tensor]:
         """Plans at these shares and their predicted milliseconds (B,).

@@ -56,7 +56,7 @@ def project(
     rank_BA = _rank(confidence_BA, droppable_BA)
 
     def without(dropped_B: Tensor) -> Masks:
-        return layout.unflatten(bits_BA & ~(droppable_BA & (rank_BA < dropped_B[:, None])))
+        return masks.with_bits(layout.unflatten(bits_BA & ~(droppable_BA & (rank_BA < dropped_B[:, None]))))
 
     # The fewest drops that fit: bisection.
     high_B = droppable_BA.sum(1)

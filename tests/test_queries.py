@@ -63,6 +63,8 @@ def test_equal_images_share_a_key(source):
 
 
 class CountingEncoder:
+    signals = frozenset()
+
     def __init__(self, backbone):
         self.backbone, self.images = backbone, 0
 

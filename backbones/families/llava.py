@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from backbones.family import Family, clip_side_flops, clip_tokens
+from backbones.cost import mlp_flops
+from backbones.families.clip_saliency import ClipSaliencyFamily
+from backbones.family import clip_side_flops, clip_tokens
+from backbones.saliency import Saliency
 
 
-class LlavaFamily(Family):
+class LlavaFamily(ClipSaliencyFamily):
     """``LlavaForConditionalGeneration`` (arXiv 2310.03744)."""
 
     model_types = ("llava",)
@@ -21,6 +24,24 @@ class LlavaFamily(Family):
     def features(self, batch: Any) -> list[Tensor]:
         pixels = batch["pixel_values"].to(self.model.device, self.model.dtype)
         return list(self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+
+    def by_image(
+        self, batch: Any, said: dict[str, tuple[Tensor, Tensor, int]], features: Tensor, images: int
+    ) -> list[dict[str, Saliency]]:
+        return [
+            {
+                signal: Saliency(received[image], keys[image], features[image], flops)
+                for signal, (received, keys, flops) in said.items()
+            }
+            for image in range(images)
+        ]
+
+    def project(self, merged: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(merged)
+
+    def project_flops(self, tokens: Tensor) -> Tensor:
+        projector, hidden = self.model.model.multi_modal_projector, self.config.text_config.hidden_size
+        return tokens * mlp_flops(1, projector.linear_1.in_features, hidden, hidden)
 
     def vision_flops(self, batch: Any, row: int) -> tuple[int, int]:
         return clip_side_flops(self.config, tiles=1)

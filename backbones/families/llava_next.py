@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from backbones.family import Family, clip_side_flops, clip_tokens
+from backbones.families.clip_saliency import ClipSaliencyFamily
+from backbones.family import clip_side_flops, clip_tokens
+from backbones.saliency import Saliency
 
 
-class LlavaNextFamily(Family):
+class LlavaNextFamily(ClipSaliencyFamily):
     """``LlavaNextForConditionalGeneration`` ("anyres"); the number of visual tokens differs per image."""
 
     model_types = ("llava_next",)
@@ -33,7 +36,27 @@ class LlavaNextFamily(Family):
         outputs = self.model.model.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True)
         return list(outputs.pooler_output)
 
-    def vision_flops(self, batch: Any, row: int) -> tuple[int, int]:
+    def by_image(
+        self, batch: Any, said: dict[str, tuple[Tensor, Tensor, int]], features: Tensor, images: int
+    ) -> list[dict[str, Saliency]]:
+        """Packed as the visual tokens are; the tokens at the lines' ends receive nothing."""
+        tiles = [self._tiles(batch, row) for row in range(images)]
+        rows: list[dict[str, Saliency]] = [{} for _ in tiles]
+        for signal, (received, keys, flops) in said.items():
+            both = torch.cat([received[..., None].to(keys.dtype), keys], dim=2)
+            packed, _ = self.model.model.pack_image_features(
+                list(both.split(tiles)),
+                batch["image_sizes"],
+                vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+                image_newline=both.new_zeros(both.shape[2]),
+            )
+            for row, count, values in zip(rows, tiles, packed, strict=True):
+                row[signal] = Saliency(values[:, 0].float(), values[:, 1:], flops=count * flops)
+        return rows
+
+    def _tiles(self, batch: Any, row: int) -> int:
         size = batch["image_sizes"][row]
-        tiles = image_size_to_num_patches(size, self._pinpoints, self.config.vision_config.image_size)
-        return clip_side_flops(self.config, tiles)
+        return image_size_to_num_patches(size, self._pinpoints, self.config.vision_config.image_size)
+
+    def vision_flops(self, batch: Any, row: int) -> tuple[int, int]:
+        return clip_side_flops(self.config, self._tiles(batch, row))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from backbones.attention import rotate
 from backbones.cost import mlp_flops
 from backbones.errors import InputError
 from backbones.family import Family
+from backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
 
 
 class Qwen25VLFamily(Family):
@@ -19,6 +21,7 @@ class Qwen25VLFamily(Family):
 
     model_types = ("qwen2_5_vl",)
     rope_needs_grid = True
+    signals = (MEAN_LAST, MEAN_FEATURES)
 
     @property
     def _merge(self) -> int:
@@ -57,6 +60,51 @@ class Qwen25VLFamily(Family):
         grids = batch["image_grid_thw"].to(self.model.device)
         outputs = self.model.model.get_image_features(pixels, grids, return_dict=True)
         return list(outputs.pooler_output)
+
+    def observe(self, batch: Any, signals: Collection[str]) -> tuple[list[Tensor], list[dict[str, Saliency]]]:
+        """The tower's last layer that attends over the whole image; a visual token gets the mean of its patches."""
+        if not signals:
+            return super().observe(batch, signals)
+        vision = self.config.vision_config
+        attention = self.model.model.visual.blocks[max(vision.fullatt_block_indexes)].attn
+        with hearing({"qkv": attention.qkv}, {"rotations": attention}) as heard:
+            visual = self.features(batch)
+        q_PHW, k_PHW, _ = heard["qkv"].unflatten(1, (3, vision.num_heads, -1)).unbind(1)
+        cos_PW, sin_PW = heard["rotations"][1]["position_embeddings"]
+        q_PC, k_PC = rotate(q_PHW, cos_PW, sin_PW).flatten(1), rotate(k_PHW, cos_PW, sin_PW).flatten(1)
+        keys = {MEAN_LAST: k_PHW.flatten(1), MEAN_FEATURES: k_PHW.mean(1)}
+        rows, start = [], 0
+        for row in range(len(visual)):
+            order_n = self._raster(*self.grid(batch, row)[1:])
+            patches = slice(start, start := start + len(order_n) * self._merge**2)
+            received_n = mean_received(q_PC[None, patches], k_PC[None, patches], vision.num_heads)[0]
+            flops = 2 * len(received_n) ** 2 * vision.hidden_size
+            rows.append(
+                {
+                    signal: Saliency(
+                        self._by_token(received_n[:, None], order_n)[:, 0],
+                        self._by_token(keys[signal][patches], order_n),
+                        flops=flops,
+                    )
+                    for signal in signals
+                }
+            )
+        return visual, rows
+
+    def _by_token(self, x_PW: Tensor, order_n: Tensor) -> Tensor:
+        """(n, W) means over the patches of each visual token, in raster order."""
+        return x_PW.unflatten(0, (-1, self._merge**2)).mean(1)[order_n.to(x_PW.device)]
+
+    def _raster(self, height: int, width: int) -> Tensor:
+        """(n,) where each visual token, in raster order, stands in the order in which the tower takes windows."""
+        vision = self.config.vision_config
+        side = vision.window_size // vision.patch_size // self._merge
+        rows, columns = height // self._merge, width // self._merge
+        row, column = torch.arange(rows)[:, None].expand(rows, columns), torch.arange(columns).expand(rows, columns)
+        window = (row // side) * columns + column // side
+        within = (row % side) * side + column % side
+        taken = (window * side * side + within).flatten().argsort()
+        return taken.argsort()
 
     def grid(self, batch: Any, row: int) -> tuple[int, ...]:
         return tuple(batch["image_grid_thw"][row].tolist())
