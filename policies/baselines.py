@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,15 +16,21 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.masks import AXES, Masks
 from policies.projection import project
+from policies.static import STATIC
 
 
 class Planner(Protocol):
     """Whatever chooses plans: a baseline, or a trained controller.
 
+    A plan may also say which tokens leave inside the decoder, by scores taken there (``Masks.stages``), how the kept
+    ones are laid out or rewritten (``Masks.survivors``), and what making it cost (``Masks.making``). A planner may
+    have two more
+    attributes: ``signals``, what it reads of the vision tower, and ``notes``, entries for its records.
+
     Attributes:
         name: how it is called in records.
         budgeted: whether it follows the budget; if not, it is evaluated once, at budget 1.
-        controller_flops: what choosing a plan costs, charged to the budget.
+        controller_flops: what choosing a plan costs for every query alike, charged to the budget.
     """
 
     name: str
@@ -33,6 +39,16 @@ class Planner(Protocol):
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks: ...
 
     def controller_flops(self, encoding: Encoding) -> int | Tensor: ...
+
+
+def signals_of(planner: Planner) -> tuple[str, ...]:
+    """What a planner reads of the vision tower (``backbones.saliency.SIGNALS``)."""
+    return getattr(planner, "signals", ())
+
+
+def notes_of(planner: Planner) -> dict[str, Any]:
+    """What a planner adds to its records."""
+    return getattr(planner, "notes", {})
 
 
 class FullPlanner:
@@ -109,8 +125,10 @@ def random_waits(backbone: Backbone, rows: int, generator: torch.Generator, axes
     return torch.empty(rows, layout.size).exponential_(generator=generator) / rates_BA.clamp_min(1e-6)
 
 
-BASELINES: dict[str, Callable[[Backbone, int], Planner]] = {
+BASELINES: dict[str, Callable[..., Planner]] = {
     "full": FullPlanner,
-    "random": RandomPlanner,
-    **{f"random-{axis}": partial(RandomPlanner, axes=(axis,)) for axis in AXES},
+    "random": partial(RandomPlanner, axes=AXES),
+    **{f"random-{axis}": partial(RandomPlanner, axes=(axis,)) for axis in AXES[1:]},
+    **STATIC,
 }
+"""By the name on the command line; each takes a backbone, a seed, and perhaps options."""

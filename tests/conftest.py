@@ -24,7 +24,9 @@ SHAPES = ((16, 16), (20, 44), (40, 30), (64, 20))
 WORDS = ["what color is the shape ?", "is there a red circle in the image ?", "yes no red green blue circle"]
 
 
-def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, slots: int | None = None, **options) -> Backbone:
+def build(
+    heads: int = 4, kv_heads: int | None = None, seed: int = 0, slots: int | None = None, layers: int = 3, **options
+) -> Backbone:
     """A random-weight LLaVA of 16 visual tokens, 3 layers and ``heads`` heads, in evaluation mode."""
     torch.manual_seed(seed)
     model, processor = build_tiny(
@@ -32,7 +34,7 @@ def build(heads: int = 4, kv_heads: int | None = None, seed: int = 0, slots: int
         image_size=16,
         patch_size=4,
         hidden=32,
-        layers=3,
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         intermediate=44,

@@ -1,0 +1,113 @@
+"""The best plan that is the same for every query: units leave in an order that was searched for on other data.
+
+Shape legend: A flat action length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbones.backbone import Backbone
+from backbones.encoding import Encoding
+from backbones.errors import InputError
+from backbones.masks import Masks
+from policies.projection import project
+
+
+@dataclass(frozen=True)
+class SearchedOrder:
+    """In which order units leave, and how it was found.
+
+    Attributes:
+        backbone: its name.
+        layout: tokens, layers, heads.
+        data, split: of the queries searched on.
+        queries: how many.
+        order: units in the order in which they leave, each a list of flat-action numbers that leave together.
+        flops: share of the full plan's LLM FLOPs that is left after each.
+        divergence: from the full plan's answers after each, in nats.
+    """
+
+    backbone: str
+    layout: tuple[int, int, int]
+    data: str
+    split: str
+    queries: int
+    order: Sequence[Sequence[int]]
+    flops: Sequence[float]
+    divergence: Sequence[float]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> SearchedOrder:
+        """Read a saved order.
+
+        Raises:
+            InputError: a missing or unreadable file.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            order = [[int(number) for number in unit] for unit in fields.pop("order")]
+            layout = tuple(int(size) for size in fields.pop("layout"))
+            if len(layout) != 3:
+                raise ValueError("a layout has three sizes")
+            return cls(order=order, layout=layout, **fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"no readable plan in {str(path)!r} ({error}); make one with: python -m eval search-static --out FILE"
+            ) from error
+
+
+class SearchedPlanner:
+    """The best input-independent plan at each budget: units leave in the searched order until the plan fits.
+
+    The order comes from ``policies.static.search``, which follows GSOP and DOP (Liu et al., arXiv 2507.02909) over
+    tokens, head slots and layers.
+
+    Args:
+        backbone: what the plans are for.
+        seed: not used; nothing is drawn.
+        plan: file that ``python -m eval search-static --out`` wrote.
+
+    Raises:
+        InputError: an unreadable file, or one for another layout.
+    """
+
+    name = "static"
+    budgeted = True
+
+    def __init__(self, backbone: Backbone, seed: int = 0, plan: str = "static.json"):
+        self.backbone, layout = backbone, backbone.layout
+        found = SearchedOrder.load(Path(plan))
+        mine = (layout.tokens, layout.layers, layout.heads)
+        numbers = [number for unit in found.order for number in unit]
+        if found.layout != mine or min(numbers, default=0) < 0 or max(numbers, default=0) >= layout.size:
+            raise InputError(
+                f"the plan in {plan!r} is for (tokens, layers, heads) = {found.layout}; backbone {backbone.name!r} has "
+                f"{mine}: search anew with python -m eval search-static --backbone {backbone.name} --out FILE"
+            )
+        self.stays_A = torch.full((layout.size,), float("inf"))
+        for place, unit in enumerate(found.order):
+            self.stays_A[list(unit)] = float(place)
+
+    def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
+        """Plans within their budgets.
+
+        Raises:
+            InputError: a budget below what the smallest plan costs.
+        """
+        device = encoding.visual_BND.device
+        stays_BA = self.stays_A.to(device).expand(len(encoding), -1)
+        return project(self.backbone, self.backbone.full(encoding), stays_BA, budgets_B.to(device), encoding)
+
+    def controller_flops(self, encoding: Encoding) -> int:
+        """Nothing: the choice was made beforehand."""
+        return 0
