@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +16,11 @@ from eval import cli, elasticity, gradients, report
 from eval.bench import bench, bench_table
 from eval.evaluate import Record, check_budgets, evaluate
 from eval.latency import calibrate, device_name, measure
-from eval.policies import backbone_of, load_planner, load_planners
+from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import question_only_accuracy
-from eval.runs import write_atomically
+from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
+from eval.tune import Tune
 
 
 @dataclass
@@ -33,13 +33,21 @@ class Run(cli.Placement):
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, or baselines: full, random, random-tokens, random-heads, random-layers."""
+    """Run folders; baselines, with options as in fastv:k=2,r=0.5 (docs/baselines.md lists them); planners of your own
+    as package.module:planner; any of them with @merge, @renumbered, @restored, or @0.25 (of the visual tokens)."""
     data: str = "easy-vqa"
     """Queries: a name, or a path with the columns image, question, answers."""
     split: str = "test"
     """train, validation or test."""
     budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Shares of the full plan's LLM FLOPs, in (0, 1]."""
+    keep: tuple[float, ...] = ()
+    """Shares of the visual tokens to keep, in (0, 1], in place of --budgets; for policies that choose by count."""
+    merge: bool = False
+    """Average dropped visual tokens into the kept ones that they resemble, before the language model sees them."""
+    positions: Literal["original", "renumbered", "restored"] | None = None
+    """Where kept visual tokens stand: where they were; closed up; or at the median of what was merged into them, with
+    attention making up for it (RESTORE). By default as each policy's authors have it."""
     limit: int | None = None
     """Use the first so many queries only."""
     backbone: str | None = None
@@ -63,7 +71,8 @@ class Run(cli.Placement):
         self._check()
         backbone = self.load(backbone_of(list(self.policies), self.backbone))
         model = load_latency_model(self.latency_model, backbone) if self.latency_model is not None else None
-        planners = load_planners(self.policies, backbone, self.seed, self.milliseconds, model)
+        policies = [with_layout(policy, self.merge, self.positions) for policy in self.policies]
+        planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
         records: list[Record] = []
         for planner in planners:
@@ -72,7 +81,7 @@ class Run(cli.Placement):
                 add_timing(planner, backbone, first_queries(bank, self.timing), own)
             records += own
         print(report.table(records))
-        write_json(self.json, records)
+        cli.write_json(self.json, records)
         if self.plot is not None:
             report.plot_tradeoff(records, self.plot)
 
@@ -80,6 +89,8 @@ class Run(cli.Placement):
         if not self.policies:
             raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m eval run full")
         check_budgets(self.budgets)
+        if self.keep and self.milliseconds:
+            raise cli.InputError("--keep and --milliseconds both stand in place of --budgets; give one of them")
         if self.timing < 0:
             raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
         if self.milliseconds and self.latency_model is None:
@@ -87,8 +98,8 @@ class Run(cli.Placement):
             raise cli.InputError(f"--milliseconds needs --latency-model FILE; make one with: {command}")
         if self.latency_model is not None and not self.milliseconds:
             raise cli.InputError("--latency-model serves --milliseconds; give limits too, e.g. --milliseconds 2.5")
-        check_output("--json", self.json)
-        check_output("--plot", self.plot)
+        cli.check_output("--json", self.json)
+        cli.check_output("--plot", self.plot)
 
 
 @dataclass
@@ -103,7 +114,7 @@ class Latency(cli.Placement):
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]] = ("full", "random")
-    """Run folders, or baselines: full, random, random-tokens, random-heads, random-layers."""
+    """Run folders, or baselines; as for eval run."""
     data: str = "easy-vqa"
     """Queries: a name, or a path with the columns image, question, answers."""
     split: str = "test"
@@ -146,7 +157,7 @@ class Latency(cli.Placement):
         for option in ("queries", "batch_size", "repeats"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
-        check_output("--out", self.out)
+        cli.check_output("--out", self.out)
 
 
 @dataclass
@@ -176,7 +187,7 @@ class Elasticity(cli.Placement):
     """Also write the figures there."""
 
     def run(self) -> None:
-        check_output("--json", self.json)
+        cli.check_output("--json", self.json)
         for option in ("plans", "oracle_queries"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
@@ -193,7 +204,7 @@ class Elasticity(cli.Placement):
         print(f"{elasticity.axes_table(records)}\n")
         print(f"{self.plans} random plans at 50 % of the LLM FLOPs, {len(fewer)} queries:")
         print(", ".join(f"{name} {accuracy:.1%}" for name, accuracy in room.items()))
-        write_json(self.json, [{"kinds": kinds, "question_only": question_only, "room": room, "records": records}])
+        cli.write_json(self.json, [{"kinds": kinds, "question_only": question_only, "room": room, "records": records}])
 
 
 @dataclass
@@ -243,26 +254,10 @@ class Bench(cli.Placement):
     """Also write the figures there."""
 
     def run(self) -> None:
-        check_output("--json", self.json)
+        cli.check_output("--json", self.json)
         entries = bench(self.load(self.backbone), self.data, self.parts, self.shape)
         print(bench_table(entries))
-        write_json(self.json, entries)
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Before the work, not after it.
-
-    Raises:
-        InputError: a file that cannot be written for want of a folder.
-    """
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        problem = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r} to lie in"
-        raise cli.InputError(f"{option} {str(path)!r} {problem}; name a file in a folder that exists")
-
-
-def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:
-    if path is not None:
-        write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
+        cli.write_json(self.json, entries)
 
 
 Command = (
@@ -271,6 +266,8 @@ Command = (
     | Annotated[Elasticity, tyro.conf.subcommand("elasticity")]
     | Annotated[Gradients, tyro.conf.subcommand("gradients")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[SearchStatic, tyro.conf.subcommand("search-static")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
-from eval.runs import RunFolder
+from eval.runs import RunFolder, write_atomically
 
 ConfigT = TypeVar("ConfigT")
 
@@ -83,3 +84,19 @@ def _fields(fields: dict[str, Any], config: Any, where: str) -> dict[str, Any]:
     if unknown:
         raise InputError(f"config {where!r} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        InputError: a file that cannot be written for want of a folder.
+    """
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        problem = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r} to lie in"
+        raise InputError(f"{option} {str(path)!r} {problem}; name a file in a folder that exists")
+
+
+def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:
+    if path is not None:
+        write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())

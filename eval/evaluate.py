@@ -21,7 +21,7 @@ from backbones.masks import Masks
 from envs.queries import DatasetQueries
 from envs.scoring import score
 from eval.failures import report_failed
-from policies.baselines import Planner
+from policies.baselines import Planner, notes_of
 from policies.milliseconds import MillisecondPlanner
 from policies.projection import budget_flops
 
@@ -56,8 +56,8 @@ def evaluate(
     """One record per budget, over all queries of the bank but those that fail; these are reported and counted.
 
     Args:
-        planner: chooses the plans. The record of a ``MillisecondPlanner`` also has its limit, the mean time predicted,
-            and as budget the mean share that it chose.
+        planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
+            mean time predicted, and as budget the mean share that it chose. Tokens kept are the mean over layers.
         backbone: answers under them.
         bank: the queries.
         budgets: shares in (0, 1]; a planner without budgets is evaluated once, at 1.
@@ -85,8 +85,7 @@ def evaluate(
     assert isinstance(source, DatasetQueries)
     head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
     head |= {"seed": seed, "failed": len(bank.failed)}
-    if isinstance(planner, MillisecondPlanner):
-        head["budget_ms"] = planner.milliseconds
+    head |= notes_of(planner)
     return [{**head, "budget": budget, **_summarise(parts)} for budget, parts in zip(budgets, measured, strict=True)]
 
 
@@ -104,7 +103,7 @@ def _measure(planner: Planner, backbone: Backbone, encoding: Encoding, budget: f
         "llm_flops_ratio": cost.llm / full.llm,
         "total_flops_ratio": cost.total / full.total,
         "violations": cost.llm > budget_flops(budgets_B, full.llm),
-        "kept_tokens": masks.tokens.sum(1),
+        "kept_tokens": backbone.visual_counts(masks).double().mean(1),
         "kept_heads": masks.effective_heads.sum((1, 2)),
         "kept_layers": masks.layers.sum(1),
         **columns,

@@ -9,7 +9,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from backbones.backbone import Backbone
 from backbones.encoding import Query
 from backbones.latency_model import LatencyModel, plan_features
-from policies.baselines import Planner, random_plans
+from policies.baselines import Planner, random_plans, signals_of
 from policies.projection import least_share
 
 PARTS = ("encode", "controller", "prefill", "ttft", "tpot")
@@ -125,13 +126,24 @@ def measure(
     """
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
-    rounds = [
-        [_time_parts(backbone, planner, queries, budget, new_tokens) for queries in batches]
-        for _ in range(warm_up + repeats)
-    ]
+    with _asked_for(backbone, planner):
+        rounds = [
+            [_time_parts(backbone, planner, queries, budget, new_tokens) for queries in batches]
+            for _ in range(warm_up + repeats)
+        ]
     counted = [taken for one_round in rounds[warm_up:] for taken in one_round]
     spreads = {name: Spread.of([taken[name] for taken in counted]) for name in PARTS}
     return Latency(**spreads, peak_memory_bytes=_peak(backbone.device))
+
+
+@contextmanager
+def _asked_for(backbone: Backbone, planner: Planner) -> Iterator[None]:
+    """Ask the vision tower only what this planner reads, whatever others have asked for."""
+    before, backbone.signals = backbone.signals, set(signals_of(planner))
+    try:
+        yield
+    finally:
+        backbone.signals = before
 
 
 def _time_parts(

@@ -1,20 +1,35 @@
-"""POLICY on the command line: a run folder, or a baseline's name."""
+"""POLICY on the command line: a run folder, a baseline with options, a planner of one's own, and variants of these.
+
+fastv:k=2,r=0.5              a baseline with options
+divprune@0.25                a quarter of the visual tokens, whatever the budget
+runs/rl@merge@renumbered     how the kept tokens are laid out
+my_rules:Mine:strength=3     a class or function of one's own, called with backbone, seed and options
+prumerge+ then runs/rl       a token step, then a controller for the language model's side
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.latency_model import LatencyModel
+from backbones.naming import import_dotted, parse_options
 from eval.runs import RunFolder
 from policies.baselines import BASELINES, Planner
+from policies.chain import THEN, ChainPlanner
+from policies.keep import KeepPlanner
+from policies.layout import MERGE, POSITIONS, LaidOutPlanner
 from policies.learned import ControllerPlanner, load_controller
 from policies.milliseconds import MillisecondPlanner
 
+GIVEN = ("backbone", "seed")
+"""What every planner is made with, and is no option."""
 
-def backbone_of(policies: list[str], backbone: str | None) -> str:
+
+def backbone_of(policies: Sequence[str], backbone: str | None) -> str:
     """The backbone to evaluate on: the one asked for, else that of the run folders, else ``tiny``.
 
     Raises:
@@ -22,25 +37,84 @@ def backbone_of(policies: list[str], backbone: str | None) -> str:
     """
     if backbone is not None:
         return backbone
-    runs = [RunFolder(policy) for policy in policies if policy not in BASELINES and Path(policy).exists()]
+    parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
+    runs = [RunFolder(part) for part in parts if part not in BASELINES and Path(part).exists()]
     names = sorted({str(run.config().get("backbone", "tiny")) for run in runs})
     if len(names) > 1:
         raise InputError(f"the runs are for different backbones ({', '.join(names)}); evaluate them one by one")
     return names[0] if names else "tiny"
 
 
-def load_planner(policy: str, backbone: Backbone, seed: int) -> Planner:
-    """A planner by baseline name or run folder.
+def split_variants(policy: str) -> tuple[str, list[str]]:
+    """A policy without its ``@`` variants, and these."""
+    base, variants = policy, list[str]()
+    while "@" in base and _is_variant(base.rpartition("@")[2]):
+        base, _, variant = base.rpartition("@")
+        variants.insert(0, variant)
+    return base, variants
+
+
+def _is_variant(word: str) -> bool:
+    return word in (MERGE, *POSITIONS) or word.replace(".", "", 1).isdecimal()
+
+
+def with_layout(policy: str, merge: bool, positions: str | None) -> str:
+    """A policy with a layout for what it keeps, but for one that names a layout itself, and for ``full``."""
+    first, then, second = policy.partition(THEN)
+    base, variants = split_variants(first)
+    if base == "full" or {MERGE, *POSITIONS} & set(variants):
+        return policy
+    return "@".join([first, *[MERGE] * merge, *([] if positions is None else [positions])]) + then + second
+
+
+def load_planner(policy: str, backbone: Backbone, seed: int, keep: float | None = None) -> Planner:
+    """A planner as the command line names it.
+
+    Args:
+        policy: see the top of this file.
+        backbone: what it plans for.
+        seed: of baselines that draw.
+        keep: share of the visual tokens to keep in place of a budget.
 
     Raises:
-        InputError: neither.
+        InputError: an unknown name, an option or variant that it does not have.
     """
-    if policy in BASELINES:
-        return BASELINES[policy](backbone, seed)
-    folder = RunFolder(policy)
-    if not folder.is_run():
-        raise InputError(f"unknown policy {policy!r}; use a run folder or one of {', '.join(BASELINES)}")
-    return ControllerPlanner(load_controller(folder.path, backbone), backbone, folder.path.name)
+    first, then, second = policy.partition(THEN)
+    if then:
+        return ChainPlanner(load_planner(first, backbone, seed, keep), load_planner(second, backbone, seed), backbone)
+    base, variants = split_variants(policy)
+    planner = _load_base(base, backbone, seed)
+    for share in [float(variant) for variant in variants if variant not in (MERGE, *POSITIONS)]:
+        planner = KeepPlanner(planner, share)
+        planner.name = f"{base}@{share:g}"
+    if keep is not None and planner.budgeted:
+        planner = KeepPlanner(planner, keep)
+    positions = [variant for variant in variants if variant in POSITIONS]
+    if len(positions) > 1:
+        raise InputError(f"policy {policy!r} asks for positions {' and '.join(positions)}; give one of them")
+    if positions or MERGE in variants:
+        planner = LaidOutPlanner(planner, backbone, next(iter(positions), None), MERGE in variants)
+    return planner
+
+
+def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
+    """A baseline, a planner of the user's own, or a run's controller."""
+    name, _, options = base.partition(":")
+    folder = RunFolder(base)
+    if name not in BASELINES and folder.is_run():
+        return ControllerPlanner(load_controller(folder.path, backbone), backbone, folder.path.name)
+    if name in BASELINES:
+        planner = BASELINES[name](backbone, seed, **parse_options(BASELINES[name], f"policy {name!r}", options, GIVEN))
+        if options:
+            planner.name = f"{planner.name}:{options}"
+        return planner
+    if not options:
+        raise InputError(
+            f"unknown policy {base!r}; use a run folder or one of {', '.join(BASELINES)}, or package.module:planner"
+        )
+    function, _, options = options.partition(":")
+    make = import_dotted(f"{name}:{function}", f"policy {base!r}", "a function or class of backbone and seed")
+    return make(backbone, seed, **parse_options(make, f"policy {base!r}", options, GIVEN))
 
 
 def load_planners(
@@ -49,26 +123,27 @@ def load_planners(
     seed: int,
     milliseconds: Sequence[float] = (),
     latency_model: LatencyModel | None = None,
+    keep: Sequence[float] = (),
 ) -> list[Planner]:
     """The planners of the command line.
 
     Args:
-        policies: baseline names and run folders.
+        policies: see the top of this file.
         backbone: what they plan for.
         seed: of baselines that draw.
         milliseconds: limits of prefill; every policy that follows a budget then gives one planner for each.
         latency_model: predicts the prefill; needed with ``milliseconds``.
+        keep: shares of the visual tokens; every policy that follows a budget then gives one planner for each.
     """
-    planners = [load_planner(policy, backbone, seed) for policy in policies]
-    if latency_model is None:
-        return planners
-    limited: list[Planner] = []
-    for policy, planner in zip(policies, planners, strict=True):
-        if planner.budgeted:  # each limit gets a planner of its own: what one draws does not depend on the others
-            limited += [
-                MillisecondPlanner(load_planner(policy, backbone, seed), backbone, latency_model, limit)
-                for limit in milliseconds
-            ]
-        else:
-            limited.append(planner)
-    return limited
+    planners: list[Planner] = []
+    for policy in policies:
+        load = partial(load_planner, policy, backbone, seed)
+        if keep and load_planner(policy.partition(THEN)[0], backbone, seed).budgeted:
+            planners += [load(share) for share in keep]
+            continue
+        plain = load()
+        if latency_model is None or not plain.budgeted:
+            planners.append(plain)
+        else:  # each limit gets a planner of its own: what one draws does not depend on the others
+            planners += [MillisecondPlanner(load(), backbone, latency_model, limit) for limit in milliseconds]
+    return planners

@@ -17,6 +17,7 @@ COLUMNS = (
     ("policy", "policy", "{}"),
     ("budget_ms", "budget ms", "{:g}"),
     ("predicted_ms", "predicted ms", "{:.2f}"),
+    ("keep", "keep", "{:.3g}"),
     ("budget", "budget", "{:.2f}"),
     ("accuracy", "accuracy %", "{:.2%}"),
     ("accuracy_stderr", "± %", "{:.2%}"),

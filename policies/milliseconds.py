@@ -15,7 +15,7 @@ from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.latency_model import LatencyModel
 from backbones.masks import Masks
-from policies.baselines import Planner
+from policies.baselines import Planner, notes_of, signals_of
 from policies.projection import least_share
 
 HALVINGS = 10
@@ -48,7 +48,8 @@ class MillisecondPlanner:
             raise InputError(f"a budget of {milliseconds:g} ms is no time; give milliseconds above 0, such as 2.5")
         self.planner, self.backbone, self.latency_model = planner, backbone, latency_model
         self.milliseconds = milliseconds
-        self.name = planner.name
+        self.name, self.signals = planner.name, signals_of(planner)
+        self.notes = {**notes_of(planner), "budget_ms": milliseconds}
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         """Plans within the limit, and within ``budgets_B`` as shares."""

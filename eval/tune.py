@@ -1,0 +1,106 @@
+"""``python -m eval tune``: every baseline's options, chosen on validation queries."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from backbones import EncodingBank
+from envs import load_queries
+from eval import cli, report
+from eval.evaluate import Record, check_budgets, evaluate
+from eval.policies import load_planners, split_variants
+
+GRID = Path(__file__).parent.parent / "configs" / "tuning-grid.txt"
+
+
+@dataclass
+class Tune(cli.Placement):
+    """Evaluate settings of baselines on validation queries, and name each baseline's best.
+
+    A setting is a policy as eval run takes it; those whose names begin alike, up to the first : or @, are settings of
+    one baseline. Best is the highest accuracy, averaged over the budgets and shares.
+
+    Example: python -m eval tune fastv:k=1 fastv:k=2 fastv:k=3 --data scenes --budgets 0.5 --json tuning.json
+    """
+
+    policies: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Settings; by default those of --grid."""
+    grid: Path = GRID
+    """A file with one setting a line; # begins a comment."""
+    data: str = "easy-vqa"
+    """Queries: a name, or a path with the columns image, question, answers."""
+    split: str = "validation"
+    """train, validation or test; not the one that policies are compared on."""
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Shares of the full plan's LLM FLOPs, in (0, 1]."""
+    keep: tuple[float, ...] = ()
+    """Shares of the visual tokens to keep in place of --budgets."""
+    limit: int | None = None
+    """Use so many queries, spread over the split."""
+    backbone: str = "tiny"
+    """Which VLM."""
+    seed: int = 0
+    """Of baselines that draw."""
+    json: Path | None = None
+    """Also write the records there."""
+
+    def run(self) -> None:
+        check_budgets(self.budgets)
+        cli.check_output("--json", self.json)
+        policies = self.policies or read_grid(self.grid)
+        backbone, queries = self.load(self.backbone), load_queries(self.data, self.split)
+        bank = EncodingBank(backbone, queries if self.limit is None else queries.spread(self.limit))
+        records: dict[str, list[Record]] = {}
+        for policy in policies:
+            records[policy] = []
+            try:
+                for planner in load_planners([policy], backbone, self.seed, keep=self.keep):
+                    records[policy] += evaluate(planner, backbone, bank, self.budgets, self.seed)
+            except cli.InputError as error:  # a setting that this backbone or budget does not allow is no candidate
+                print(f"{policy} is left out: {error}")
+        print(report.table([record for own in records.values() for record in own]))
+        best = best_settings(records)
+        print(f"best: {shlex.join(['python', '-m', 'eval', 'run', *best.values(), '--data', self.data])}")
+        cli.write_json(self.json, [{"best": best, "records": records}])
+
+
+def read_grid(path: Path) -> list[str]:
+    """The settings in a file.
+
+    Raises:
+        InputError: a missing file, or one without settings.
+    """
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise cli.InputError(f"--grid {str(path)!r} cannot be read ({error.strerror}); name a file") from error
+    if not any(lines):
+        raise cli.InputError(f"--grid {str(path)!r} has no settings; write one a line, such as fastv:k=2")
+    return [line for line in lines if line]
+
+
+def best_settings(records: dict[str, Sequence[Record]] | dict[str, list[Record]]) -> dict[str, str]:
+    """By baseline, the setting with the highest mean accuracy among those evaluated everywhere."""
+    most: dict[str, int] = {}
+    for policy, own in records.items():
+        most[baseline_of(policy)] = max(most.get(baseline_of(policy), 0), len(own))
+    means = {
+        policy: float(np.mean([record["accuracy"] for record in own]))
+        for policy, own in records.items()
+        if own and len(own) == most[baseline_of(policy)]
+    }
+    best: dict[str, str] = {}
+    for policy in sorted(means, key=lambda policy: means[policy]):
+        best[baseline_of(policy)] = policy
+    return dict(sorted(best.items()))
+
+
+def baseline_of(policy: str) -> str:
+    """The baseline that a setting is of."""
+    return split_variants(policy)[0].partition(":")[0]

@@ -1,0 +1,114 @@
+"""A token step, then a controller for the language model's side that sees only what the first has left.
+
+As AdaLLaVA is combined with PruMerge+ and FastV (Xu et al., arXiv 2503.10905, Table 1): neither knows of the other.
+
+Shape legend: B rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backbones.arrange import arrange
+from backbones.backbone import Backbone
+from backbones.encoding import Encoding
+from backbones.errors import InputError
+from backbones.masks import Masks
+from policies.baselines import Planner, notes_of, signals_of
+from policies.projection import budget_flops
+
+THEN = " then "
+"""Between the two on the command line: ``"prumerge+ then runs/adallava-l"``."""
+
+ATTEMPTS = 6
+"""Plans that the controller makes where tokens leave inside the decoder, which it cannot price; all are charged."""
+
+
+class ChainPlanner:
+    """Tokens by one planner, heads and layers by another, in a budget for both.
+
+    Args:
+        token_planner: chooses tokens, as many as it sets itself.
+        llm_planner: chooses heads and layers for what is left; tokens that it drops too are dropped.
+        backbone: prices the plans.
+
+    Raises:
+        InputError: a token planner that follows the budget, and would leave the other nothing to save.
+    """
+
+    def __init__(self, token_planner: Planner, llm_planner: Planner, backbone: Backbone):
+        if token_planner.budgeted:
+            raise InputError(
+                f"the first part of a chain must set its own number of tokens, but policy {token_planner.name!r} "
+                f"follows the budget; give it a share, as in {token_planner.name + '@0.25'!r}"
+            )
+        self.token_planner, self.llm_planner, self.backbone = token_planner, llm_planner, backbone
+        self.name = f"{token_planner.name}{THEN}{llm_planner.name}"
+        self.budgeted = llm_planner.budgeted
+        self.signals = (*signals_of(token_planner), *signals_of(llm_planner))
+        self.notes = notes_of(token_planner)
+
+    def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
+        """Plans within their budgets.
+
+        Raises:
+            InputError: a budget below what the token step and the least that the controller can choose cost.
+        """
+        budgets_B = budgets_B.to(encoding.visual_BND.device, torch.float64)
+        first = self.token_planner.plan(encoding, torch.ones_like(budgets_B))
+        left = replace(arrange(encoding, first).encoding, visual_valid_BN=first.tokens)
+        if not self.budgeted:
+            return self._joined(first, self.llm_planner.plan(left, torch.ones_like(budgets_B)))
+        full_B = self.backbone.full_llm_flops(encoding)
+        spent_B = self.backbone.cost(encoding, first, self.token_planner.controller_flops(encoding)).controller
+        # the controller prices plans for what it sees, without stages
+        seen_B = self.backbone.full_llm_flops(left)
+        share_B = (budget_flops(budgets_B, full_B) - spent_B) / seen_B
+        self._check(share_B, budgets_B, spent_B / full_B)
+        if not first.stages:
+            return self._joined(first, self.llm_planner.plan(left, share_B.clamp_max(1)))
+        more_B = (ATTEMPTS - 1) * torch.as_tensor(self.llm_planner.controller_flops(left), device=full_B.device)
+        self._check(share_B - more_B / seen_B, budgets_B, (spent_B + more_B) / full_B)
+        making_B = more_B + (0 if first.making is None else first.making)
+        first = replace(first, making=making_B.expand(len(encoding)))
+        return self._search(encoding, left, first, share_B - more_B / seen_B, budgets_B)
+
+    def controller_flops(self, encoding: Encoding) -> int | Tensor:
+        return self.token_planner.controller_flops(encoding) + self.llm_planner.controller_flops(encoding)
+
+    def _search(self, encoding: Encoding, left: Encoding, first: Masks, share_B: Tensor, budgets_B: Tensor) -> Masks:
+        """The plan of the largest share that fits, by bisection from one that does."""
+        limits_B = budget_flops(budgets_B, self.backbone.full_llm_flops(encoding))
+        low_B = share_B.clamp_max(1)
+        best = self._joined(first, self.llm_planner.plan(left, low_B))
+        high_B = torch.ones_like(low_B)
+        for attempt in range(ATTEMPTS - 1):
+            middle_B = high_B if attempt == 0 else (low_B + high_B) / 2
+            tried = self._joined(first, self.llm_planner.plan(left, middle_B))
+            fits_B = self.backbone.cost(encoding, tried, self.controller_flops(encoding)).llm <= limits_B
+            best = tried.where(fits_B, best)
+            low_B, high_B = torch.where(fits_B, middle_B, low_B), torch.where(fits_B, high_B, middle_B)
+        return best
+
+    def _check(self, share_B: Tensor, budgets_B: Tensor, least_B: Tensor) -> None:
+        if bool((share_B <= 0).any()):
+            row = int(share_B.argmin())
+            raise InputError(
+                f"budget {float(budgets_B[row]):g} is below what the token step of policy {self.name!r} alone costs, "
+                f"{float(least_B[row]):.4f}; give more"
+            )
+
+    def _joined(self, first: Masks, second: Masks) -> Masks:
+        """Both plans in one."""
+        making = [part.making for part in (first, second) if part.making is not None]
+        return replace(
+            first,
+            tokens=first.tokens & second.tokens,
+            heads=second.heads,
+            layers=second.layers,
+            stages=tuple(sorted((*first.stages, *second.stages), key=lambda stage: stage.layer)),
+            making=sum(making[1:], making[0]) if making else None,
+        )

@@ -1,0 +1,44 @@
+"""A fixed share of the visual tokens in place of a budget, for any rule that chooses tokens by count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from backbones.encoding import Encoding
+from backbones.errors import InputError
+from backbones.masks import Masks
+from policies.static.counts import CountPlanner
+
+
+class KeepPlanner:
+    """Keeps a share of each image's visual tokens, whatever the budget.
+
+    Args:
+        planner: chooses which.
+        share: in (0, 1]; for rules with several stages inside the decoder the mean over layers.
+
+    Raises:
+        InputError: a planner that does not choose tokens by count, or a share outside (0, 1].
+    """
+
+    budgeted = False
+
+    def __init__(self, planner: Any, share: float):
+        if not isinstance(planner, CountPlanner) or not planner.budgeted:
+            raise InputError(
+                f"policy {planner.name!r} does not choose visual tokens by count, so it cannot be told to keep a share "
+                "of them; give it budgets"
+            )
+        if not 0 < share <= 1:
+            raise InputError(f"a share of {share:g} of the visual tokens is outside (0, 1]; give one such as 0.25")
+        self.planner, self.share = planner, share
+        self.name, self.signals = planner.name, planner.signals
+        self.notes = {"keep": share}
+
+    def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
+        return self.planner.plan_counts(encoding, self.planner.shares(encoding, self.share))
+
+    def controller_flops(self, encoding: Encoding) -> int:
+        return self.planner.controller_flops(encoding)

@@ -1,0 +1,89 @@
+"""How the visual tokens that a planner keeps are laid out: ``@merge``, ``@original``, ``@renumbered``, ``@restored``.
+
+Shape legend: B rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backbones.backbone import Backbone
+from backbones.encoding import Encoding
+from backbones.errors import InputError
+from backbones.masks import Masks
+from backbones.survivors import POSITIONS, Survivors
+from policies.baselines import Planner, notes_of, signals_of
+
+MERGE = "merge"
+
+
+class LaidOutPlanner:
+    """Lays out what another planner keeps before the language model.
+
+    Args:
+        planner: chooses; a baseline or a trained controller.
+        backbone: prices the plans.
+        positions: one of ``backbones.survivors.POSITIONS``; None: as the planner has them.
+        merge: average dropped tokens into the kept ones that they resemble.
+    """
+
+    def __init__(self, planner: Planner, backbone: Backbone, positions: str | None = None, merge: bool = False):
+        self.planner, self.backbone, self.positions, self.merge = planner, backbone, positions, merge
+        words = [MERGE] * merge + ([] if positions is None else [positions])
+        self.name = "@".join([planner.name, *words])
+        self.budgeted, self.signals, self.notes = planner.budgeted, signals_of(planner), notes_of(planner)
+
+    def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
+        """Plans within their budgets, what laying out may cost at most kept back.
+
+        Raises:
+            InputError: plans that drop tokens inside the decoder, or merge them by a rule of their own.
+        """
+        if self.budgeted:
+            full_B = self.backbone.full_llm_flops(encoding)
+            budgets_B = budgets_B.to(full_B.device).double() - self._most_flops(encoding) / full_B
+        masks = self.planner.plan(encoding, budgets_B)
+        if masks.stages:
+            raise InputError(
+                f"policy {self.planner.name!r} drops visual tokens inside the decoder; what is laid out are those that "
+                f"are dropped before it: leave out {self._asked()}"
+            )
+        return replace(masks, survivors=self._survivors(masks, encoding))
+
+    def controller_flops(self, encoding: Encoding) -> int | Tensor:
+        return self.planner.controller_flops(encoding)
+
+    def _survivors(self, masks: Masks, encoding: Encoding) -> Survivors:
+        own, device = masks.survivors, encoding.visual_BND.device
+        positions, merge = self.positions or "original", self.merge
+        asked = Survivors.plain(len(encoding), positions, merge, device)
+        if own is None:
+            return asked
+        if bool(own.own.any()) and bool(asked.merged.any()):
+            raise InputError(
+                f"policy {self.planner.name!r} merges tokens by a rule of its own; leave out {self._asked()}"
+            )
+        if self.positions is None:
+            return replace(own, merged=own.merged | asked.merged)
+        return replace(own, positions=asked.positions, merged=own.merged | asked.merged)
+
+    def _asked(self) -> str:
+        return " and ".join(["--merge"] * self.merge + [f"--positions {self.positions}"] * (self.positions is not None))
+
+    def _most_flops(self, encoding: Encoding) -> Tensor:
+        """(B,) more than laying out costs, whatever is kept: half the tokens compared with the other half, and the
+        calibration of the whole sequence."""
+        visual_B = encoding.visual_valid_BN.sum(1)
+        n_B = visual_B + encoding.text_tokens
+        flops_B = torch.zeros_like(n_B)
+        if self.merge or self.positions == "restored":
+            flops_B = flops_B + visual_B * visual_B * self.backbone.hidden // 2 + 1
+        if self.positions == "restored":
+            flops_B = flops_B + 4 * n_B * n_B * self.backbone.decoder.head_width
+        return flops_B
+
+
+__all__ = ["MERGE", "POSITIONS", "LaidOutPlanner"]
