@@ -24,8 +24,7 @@ class Planner(Protocol):
 
     A plan may also say which tokens leave inside the decoder, by scores taken there (``Masks.stages``), how the kept
     ones are laid out or rewritten (``Masks.survivors``), and what making it cost (``Masks.making``). A planner may
-    have two more
-    attributes: ``signals``, what it reads of the vision tower, and ``notes``, entries for its records.
+    have two more attributes: ``signals``, what it reads of the vision tower, and ``notes``, entries for its records.
 
     Attributes:
         name: how it is called in records.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
+from policies.baselines import Planner, notes_of
 from policies.static.counts import CountPlanner
 
 
@@ -25,7 +24,7 @@ class KeepPlanner:
 
     budgeted = False
 
-    def __init__(self, planner: Any, share: float):
+    def __init__(self, planner: Planner, share: float):
         if not isinstance(planner, CountPlanner) or not planner.budgeted:
             raise InputError(
                 f"policy {planner.name!r} does not choose visual tokens by count, so it cannot be told to keep a share "
@@ -33,9 +32,9 @@ class KeepPlanner:
             )
         if not 0 < share <= 1:
             raise InputError(f"a share of {share:g} of the visual tokens is outside (0, 1]; give one such as 0.25")
-        self.planner, self.share = planner, share
-        self.name, self.signals = planner.name, planner.signals
-        self.notes = {"keep": share}
+        self.planner: CountPlanner = planner
+        self.share, self.name, self.signals = share, planner.name, planner.signals
+        self.notes = {**notes_of(planner), "keep": share}
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         return self.planner.plan_counts(encoding, self.planner.shares(encoding, self.share))

@@ -1,9 +1,9 @@
 """Search for the order in which tokens, head slots and layers may leave for every query alike.
 
 After GSOP and DOP (Liu et al., arXiv 2507.02909), who prune operations of a multimodal model by how far its output on a
-few examples moves: first every unit is dropped alone (DOP's additive approximation), which ranks them; then units
-    leave one by one, each step trying anew the few that rank best (GSOP's greedy sorting with earlier rankings), and
-    taking the one whose loss moves the output least for the FLOPs that it saves. One order serves every budget.
+few examples moves: first every unit is dropped alone (DOP's additive approximation), which ranks them; then units leave
+one by one, each step trying anew the few that rank best (GSOP's greedy sorting with earlier rankings), and taking the
+one whose loss moves the output least for the FLOPs that it saves. One order serves every budget.
 
 Shape legend: K plans, A flat action length, V vocabulary.
 """
