@@ -58,16 +58,16 @@ class BackboneConfig:
     """From scratch: optimiser steps of the vision tower alone, before the rest."""
     vision_images: int = 128
     """Images in each of them."""
-    steps: int = 3600
+    steps: int = 5400
     """Optimiser steps of the whole model."""
-    plain_share: float = 0.75
+    plain_share: float = 0.6
     """Share of the steps before random plans join."""
     images: int = 64
     """Images a step (on each device)."""
     questions: int = 8
-    """Questions an image in steps with the full plan only; they share its visual tokens."""
+    """Questions an image; with the full plan they share its visual tokens."""
     elastic_questions: int = 1
-    """Questions an image in steps with random plans; each runs twice."""
+    """How many of them also run under a random plan, once these have joined."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW: linear warm-up, then cosine to zero."""
     muon_rate: float = 4e-3
@@ -94,9 +94,14 @@ def check(config: BackboneConfig) -> None:
     Raises:
         InputError: naming the option, its value and what it must be.
     """
-    positive = ("steps", "images", "questions", "elastic_questions", "validate_every", "vision_images")
+    positive = ("steps", "images", "questions", "validate_every", "vision_images")
     rules = [(name, getattr(config, name) >= 1, "at least 1") for name in positive]
     rules += [
+        (
+            "elastic_questions",
+            1 <= config.elastic_questions <= config.questions,
+            f"at least 1 and at most --questions ({config.questions})",
+        ),
         ("learning_rate", 0 < config.learning_rate < math.inf, "a positive number"),
         ("muon_rate", 0 <= config.muon_rate < math.inf, "a number, 0 or more"),
         ("plain_share", 0 <= config.plain_share <= 1, "between 0 and 1"),
@@ -136,16 +141,11 @@ def draw(config: BackboneConfig, queries: DatasetQueries, processes: int = 1) ->
     rows: list[list[int]] = []
     for step in range(config.steps):
         rng = np.random.default_rng((config.seed, step))
-        wanted = config.questions if step < _plain_steps(config) else config.elastic_questions
         count = config.images * processes
         for group in rng.choice(len(groups), count, replace=len(groups) < count):
-            number = min(wanted, len(groups[group]))
+            number = min(config.questions, len(groups[group]))
             rows.append(rng.choice(groups[group], number, replace=False, p=chances[group]).tolist())
     return datasets.Dataset.from_dict({"queries": rows})
-
-
-def _plain_steps(config: BackboneConfig) -> int:
-    return round(config.plain_share * config.steps)
 
 
 def prepare_vision(config: BackboneConfig, backbone: Backbone, queries: DatasetQueries) -> float:
@@ -248,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone,
         train,
         draw(config, train, options.world_size),
-        ElasticSettings(_plain_steps(config), config.budgets, config.seed),
+        ElasticSettings(
+            round(config.plain_share * config.steps), config.elastic_questions, config.budgets, config.seed
+        ),
         options,
         lora_config(backbone, config.lora_rank) if config.lora_rank else None,
         optimizers=(optimizer(config, backbone), None),

@@ -98,26 +98,39 @@ class RandomPlanner:
 
 
 def random_plans(
-    backbone: Backbone, encoding: Encoding, budgets_B: Tensor, generator: torch.Generator, axes: Sequence[str] = AXES
+    backbone: Backbone,
+    encoding: Encoding,
+    budgets_B: Tensor,
+    generator: torch.Generator,
+    axes: Sequence[str] = AXES,
+    sharpness: float = 1.0,
 ) -> Masks:
     """Plans drawn at given budgets, (B,) each in (0, 1].
 
-    Each axis gets a rate, the rates a uniform draw from the simplex. Every unit leaves after an exponential waiting
-    time of its axis' rate, and units leave in that order until the plan fits.
+    Each axis gets a rate, the rates a uniform draw from the simplex; a sharpness above 1 brings them nearer to one axis
+    alone (each is raised to this power). Every unit leaves after an exponential waiting time of its axis' rate, and
+    units leave in that order until the plan fits.
 
     Raises:
         InputError: a budget that dropping all of these axes does not reach.
     """
-    waits_BA = random_waits(backbone, len(encoding), generator, axes)
+    waits_BA = random_waits(backbone, len(encoding), generator, axes, sharpness)
     device = encoding.visual_BND.device
     full = backbone.full(encoding)
     return project(backbone, full, waits_BA.to(device), budgets_B.to(device), encoding, axes=axes)
 
 
-def random_waits(backbone: Backbone, rows: int, generator: torch.Generator, axes: Sequence[str] = AXES) -> Tensor:
+def random_waits(
+    backbone: Backbone,
+    rows: int,
+    generator: torch.Generator,
+    axes: Sequence[str] = AXES,
+    sharpness: float = 1.0,
+) -> Tensor:
     """(rows, A) when each unit leaves, of the axes that may; the others' numbers mean nothing."""
     layout = backbone.layout
-    rates_B3 = torch.empty(rows, 3).exponential_(generator=generator) * torch.tensor([axis in axes for axis in AXES])
+    allowed_3 = torch.tensor([axis in axes for axis in AXES])
+    rates_B3 = torch.empty(rows, 3).exponential_(generator=generator) ** sharpness * allowed_3
     rates_B3 = rates_B3 / rates_B3.sum(1, keepdim=True)
     per_axis = torch.tensor([layout.tokens, layout.layers * layout.heads, layout.layers])
     rates_BA = rates_B3.repeat_interleave(per_axis, dim=1)

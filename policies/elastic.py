@@ -1,16 +1,17 @@
 """Elastic training: a VLM learns to answer under random plans, so that dropping parts costs accuracy gradually.
 
 As AdaLLaVA (Xu et al., ICCV 2025) tunes its language model under random schedules, but in all three dimensions, and
-with what is dropped really absent. Every query runs in full and under a random plan: both rows learn the answer, and
-the pruned row also learns the full row's distribution (in-place distillation; Yu and Huang, ICCV 2019).
+with what is dropped really absent. All queries run in full, some also under a random plan: both learn the answer, and
+the pruned run also learns the full run's distribution (in-place distillation; Yu and Huang, ICCV 2019).
 
-Shape legend: T answer tokens of a batch, V vocabulary.
+Shape legend: R queries of a batch, T their answers' tokens, E those of the queries that also run pruned, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import datasets
@@ -30,6 +31,10 @@ from backbones.shared_prefix import answer_logits, can_share
 from policies.baselines import random_plans
 from policies.projection import least_share
 
+SHARPNESS = 3.0
+"""Of the split between tokens, heads and layers in training plans (``random_plans``): a third of them cut
+almost nothing but one, for a model loses most under kinds of plans that it has not met."""
+
 
 @dataclass(frozen=True)
 class ElasticSettings:
@@ -37,11 +42,13 @@ class ElasticSettings:
 
     Attributes:
         plain_steps: steps with the full plan only, before random plans join.
+        questions: of an image; so many run under a random plan as well, once these have joined.
         budgets: random plans' budgets are uniform between these.
         seed: of the plans.
     """
 
     plain_steps: int = 0
+    questions: int = 1
     budgets: tuple[float, float] = (0.1, 1.0)
     seed: int = 0
 
@@ -165,26 +172,30 @@ class ElasticTrainer(SFTTrainer):
             plans_from: the step whose random plans join; None: the full plan only.
         """
         features = self.backbone.family.features(pixels)
-        images = self.backbone.read_batch(pixels, features)
+        encoded = self.backbone.read_batch(pixels, features)
         end = self.backbone.processor.tokenizer.eos_token_id
-        targets_T = torch.tensor(
-            [token for row in answers for ids in row for token in [*ids, end]], device=features[0].device
-        )
-        if plans_from is None and can_share(self.backbone):
-            return {"full": F.cross_entropy(answer_logits(self.backbone, images, questions, answers), targets_T)}
         rows = AnsweredRows(
-            [image for image, row in zip(images, questions, strict=True) for _ in row],
+            [image for image, row in zip(encoded, questions, strict=True) for _ in row],
             [question for row in questions for question in row],
             [ids for row in answers for ids in row],
         )
-        full = self.backbone.layout.full(len(rows.images), targets_T.device)
+        targets_T = torch.tensor([token for ids in rows.answers for token in [*ids, end]], device=features[0].device)
+        if can_share(self.backbone):
+            full_TV = answer_logits(self.backbone, encoded, questions, answers)
+        else:
+            full_TV = rows.logits(self.backbone, self.backbone.layout.full(len(rows.images), targets_T.device))
+        parts = {"full": F.cross_entropy(full_TV, targets_T)}
         if plans_from is None:
-            return {"full": F.cross_entropy(rows.logits(self.backbone, full), targets_T)}
+            return parts
+        pruned_R = [number < self.settings.questions for row in questions for number in range(len(row))]
+        pruned_T = torch.tensor(pruned_R, device=targets_T.device).repeat_interleave(
+            torch.tensor([len(ids) + 1 for ids in rows.answers], device=targets_T.device)
+        )
+        pruned = rows.where(pruned_R)
         with torch.no_grad():
-            plans = self._random_plans(rows, plans_from)
-        both = AnsweredRows(rows.images * 2, rows.questions * 2, rows.answers * 2)
-        full_TV, pruned_TV = both.logits(self.backbone, Masks.cat([full, plans])).chunk(2)
-        return distillation_losses(full_TV, pruned_TV, targets_T)
+            plans = self._random_plans(pruned, plans_from)
+        pruned_EV = pruned.logits(self.backbone, plans)
+        return parts | pruned_losses(pruned_EV, full_TV[pruned_T], targets_T[pruned_T])
 
     def _random_plans(self, rows: AnsweredRows, step: int) -> Masks:
         """A plan a row at a random budget (the smallest plan where that costs more); they follow from the seed, the
@@ -196,7 +207,7 @@ class ElasticTrainer(SFTTrainer):
         budgets_B = low + (high - low) * torch.rand(len(rows.images), generator=generator, dtype=torch.float64)
         encoding = self.backbone.assemble(rows.images, rows.questions)
         least_B = least_share(self.backbone, encoding).cpu()
-        return random_plans(self.backbone, encoding, budgets_B.maximum(least_B), generator)
+        return random_plans(self.backbone, encoding, budgets_B.maximum(least_B), generator, sharpness=SHARPNESS)
 
 
 @dataclass(frozen=True)
@@ -206,6 +217,14 @@ class AnsweredRows:
     images: list[EncodedImage]
     questions: list[str]
     answers: list[list[int]]
+
+    def where(self, chosen: Sequence[bool]) -> AnsweredRows:
+        """Some of the rows."""
+        return AnsweredRows(
+            list(compress(self.images, chosen)),
+            list(compress(self.questions, chosen)),
+            list(compress(self.answers, chosen)),
+        )
 
     def logits(self, backbone: Backbone, masks: Masks) -> Tensor:
         """Logits (T, V) at the places that predict each answer's tokens and its end, under a plan a row."""
@@ -220,13 +239,12 @@ class AnsweredRows:
         return backbone.model.lm_head(hidden_PD[torch.cat(places)])
 
 
-def distillation_losses(full_TV: Tensor, pruned_TV: Tensor, targets_T: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of both, and the pruned rows' divergence from the full ones, which take no gradient from it."""
-    teacher_TV = full_TV.detach().log_softmax(-1)
+def pruned_losses(pruned_EV: Tensor, full_EV: Tensor, targets_E: Tensor) -> dict[str, Tensor]:
+    """The pruned runs' cross-entropy, and their divergence from the full ones, which take no gradient from it."""
+    teacher_EV = full_EV.detach().log_softmax(-1)
     return {
-        "full": F.cross_entropy(full_TV, targets_T),
-        "pruned": F.cross_entropy(pruned_TV, targets_T),
-        "divergence": F.kl_div(pruned_TV.log_softmax(-1), teacher_TV, reduction="batchmean", log_target=True),
+        "pruned": F.cross_entropy(pruned_EV, targets_E),
+        "divergence": F.kl_div(pruned_EV.log_softmax(-1), teacher_EV, reduction="batchmean", log_target=True),
     }
 
 
