@@ -14,12 +14,15 @@ from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
+from backbones.masks import AXES
 from envs import load_queries
 from envs.scoring import reference
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
 from eval.runs import RunFolder
 from eval.tracking import Tracker
+from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
+from policies.adallava_training import AdaLlavaLearner
 from policies.checkpoints import (
     load_checkpoint,
     optimizer_tensors,
@@ -30,20 +33,28 @@ from policies.checkpoints import (
 )
 from policies.controller import TwoLevelController
 from policies.decisions import Decider
-from policies.projection import least_share
-from policies.relaxed_training import RelaxationSettings, RelaxedBatch, relaxed_losses
+from policies.relaxed_training import Learner, RelaxationSettings, RelaxedBatch, RelaxedLearner
 
 
 @dataclasses.dataclass
 class GumbelConfig(ControllerRunConfig):
     """Train the controller by relaxation: its decisions become numbers between 0 and 1, through which the answer's loss
-    reaches it. The same controller, backbone, queries, cost, projection and evaluation as train_rl.py."""
+    reaches it. The same controller, backbone, queries, cost, projection and evaluation as train_rl.py. Or train
+    AdaLLaVA's scheduler, which takes the controller's place."""
 
-    estimator: Literal["gumbel", "soft-topk"] = "gumbel"
+    estimator: Literal["gumbel", "soft-topk", "adallava-l", "adallava-h"] = "gumbel"
     """gumbel: keep or drop with Gumbel noise, gradients straight through; soft-topk: sigmoids shifted until the relaxed
-    plan costs its budget (always with the rule `fill`)."""
-    temperatures: tuple[float, float] = (2.0, 0.5)
-    """Of the relaxation, at the start and at the end."""
+    plan costs its budget (always with the rule `fill`); adallava-l, adallava-h: exactly as many layers, or groups of
+    heads, as the budget pays for, chosen inside the decoder."""
+    temperatures: tuple[float, float] | None = None
+    """Of the relaxation, at the start and at the end; by default 2 and 0.5, for AdaLLaVA 5 throughout."""
+    prefix_layers: int | None = None
+    """adallava: layers that always run, before it decides; by default half of them, as published. They bound the
+    budgets that can be met from below."""
+    head_group: int = 1
+    """adallava-h: head slots of a layer that are chosen together (8 of 32 as published)."""
+    levels: Literal["flops", "layers"] = "flops"
+    """adallava: a budget buys as many units as it pays for; or that share of all layers, as published."""
     noise: float = 0.0
     """soft-topk: standard deviation of Gaussian noise on the logits at the start; it falls to zero."""
     fit: bool = True
@@ -70,10 +81,48 @@ class GumbelConfig(ControllerRunConfig):
         if not 0 < low <= high <= 1:
             raise InputError(f"budgets are {self.budgets}; give two bounds with 0 < lower <= upper <= 1")
         self.settings()
+        if self.is_adallava:
+            idle = {"axes": AXES, "rule": "threshold", "distillation": 0.0, "init_from": None}
+            for name, default in idle.items():
+                if getattr(self, name) != default:
+                    option = f"--{name.replace('_', '-')}"
+                    raise InputError(f"{option} has no effect on {self.estimator}; leave it out")
+
+    @property
+    def is_adallava(self) -> bool:
+        return self.estimator.startswith("adallava")
 
     def settings(self) -> RelaxationSettings:
         names = [field.name for field in dataclasses.fields(RelaxationSettings)]
-        return RelaxationSettings(**{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        given["temperatures"] = self.temperatures or ((5.0, 5.0) if self.is_adallava else (2.0, 0.5))
+        return RelaxationSettings(**given)
+
+
+def learner(config: GumbelConfig, backbone: Backbone) -> Learner:
+    """What is trained, with fresh weights or those that it shall start from."""
+    if config.is_adallava:
+        return AdaLlavaLearner(adallava(config, backbone), config.settings())
+    rule = "fill" if config.estimator == "soft-topk" else config.rule
+    sizes = config.sizes(backbone, rule=rule, initial_logit=config.initial_logit)
+    controller = TwoLevelController(sizes)
+    weights = config.initial_weights(backbone, sizes)
+    if weights is not None:
+        controller.load_state_dict(weights)
+    return RelaxedLearner(Decider(controller.to(backbone.device), backbone), config.settings())
+
+
+def adallava(config: GumbelConfig, backbone: Backbone) -> AdaLlavaPlanner:
+    """AdaLLaVA's scheduler with fresh weights."""
+    layout = backbone.layout
+    prefix = layout.layers // 2 if config.prefix_layers is None else config.prefix_layers
+    variant = config.estimator.removeprefix("adallava-")
+    scheduler = AdaLlavaScheduler(
+        AdaLlavaConfig(layout.layers, layout.heads, backbone.hidden, prefix, variant, config.head_group, config.levels)
+    )
+    last = backbone.prompt_ids("")[1][-1]
+    scheduler.start_from(backbone.decoder.model.embed_tokens(torch.tensor(last, device=backbone.device)).float().cpu())
+    return AdaLlavaPlanner(scheduler, backbone, config.estimator)
 
 
 class Trainer:
@@ -89,17 +138,10 @@ class Trainer:
         self.config, self.backbone, self.journal = config, backbone, journal
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)
-        rule = "fill" if config.estimator == "soft-topk" else config.rule
-        sizes = config.sizes(backbone, rule=rule, initial_logit=config.initial_logit)
-        self.controller = TwoLevelController(sizes)
-        weights = config.initial_weights(backbone, sizes)
-        if weights is not None:
-            self.controller.load_state_dict(weights)
-        self.controller.to(backbone.device)
-        self.decider = Decider(self.controller, backbone)
+        self.learner = learner(config, backbone)
+        self.controller = self.learner.controller
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.learning_rate)
         self.bank = EncodingBank(backbone, load_queries(config.data, "train"))
-        self.settings = config.settings()
         self.queries = 0
 
     @property
@@ -113,9 +155,10 @@ class Trainer:
         shares = torch.from_numpy(np.random.uniform(low, high, self.config.batch_size)).to(self.backbone.device)
         prompts = self.bank.gather(numbers)
         answers = [self.backbone.answer_ids(reference(accepted)) for accepted in prompts.answers]
-        flops = self.decider.controller_flops(prompts)
-        least_B = least_share(self.backbone, prompts, flops, self.decider.axes)
-        return RelaxedBatch(prompts, self.bank.gather(numbers, answers), answers, shares.maximum(least_B))
+        # what stands in the places that the learner wants is replaced by it
+        kept_free = [self.backbone.prompt_ids("")[1][-1]] * self.learner.more_tokens
+        answered = self.bank.gather(numbers, [kept_free + ids for ids in answers])
+        return RelaxedBatch(prompts, answered, answers, shares.maximum(self.learner.least_share(prompts)))
 
     def step(self) -> dict[str, float]:
         """One gradient step.
@@ -125,7 +168,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * (1 - self.progress)
-        parts = relaxed_losses(self.settings, self.decider, self.draw(), self.progress)
+        parts = self.learner.losses(self.draw(), self.progress)
         weighted = [part for name, part in parts.items() if name in ("answer", "cost", "distillation")]
         loss = torch.stack(weighted).sum()
         if not torch.isfinite(loss):

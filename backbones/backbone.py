@@ -40,11 +40,13 @@ class Answers:
         texts: the answers, special tokens removed.
         tokens: the generated ids of each answer, up to and without the end token.
         log_likelihood: (B,) log-probability of each query's reference answer, if references were given.
+        masks: the plans as they were executed: decisions inside the decoder are taken.
     """
 
     texts: list[str]
     tokens: list[list[int]]
-    log_likelihood: Tensor | None = None
+    log_likelihood: Tensor | None
+    masks: Masks
 
 
 class Backbone:
@@ -327,6 +329,11 @@ class Backbone:
         for stage in masks.stages:
             if not 0 <= stage.layer < layout.layers:
                 raise InputError(f"a stage stands before layer {stage.layer}; the layers are 0 to {layout.layers - 1}")
+        if masks.midway is not None and not 0 < masks.midway.layer < layout.layers:
+            raise InputError(
+                f"a decision stands before layer {masks.midway.layer}; it must stand before one of 1 to "
+                f"{layout.layers - 1}"
+            )
         return replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
 
     def pack(self, encoding: Encoding, masks: Masks) -> tuple[Tensor, Ragged, Tensor]:
@@ -340,13 +347,18 @@ class Backbone:
 
     def prefill(self, encoding: Encoding, masks: Masks, cache: bool = False) -> tuple[Tensor, KVCache | None]:
         """Logits of the first answer token (B, V) under each row's plan; differentiable."""
+        logits_BV, kv, _ = self._prefill(encoding, masks, cache)
+        return logits_BV, kv
+
+    def _prefill(self, encoding: Encoding, masks: Masks, cache: bool) -> tuple[Tensor, KVCache | None, Masks]:
         masks = self.restrict(encoding, masks)
         arranged = arrange(encoding, masks)
-        tokens = pack(arranged.encoding, masks, arranged.sizes_BN, arranged.restored_B)
-        tokens, kv = self.decoder.run(tokens, masks, cache)
-        if kv is not None and masks.survivors is not None:
-            kv.moved_B = encoding.next_rope_B - arranged.encoding.next_rope_B
-        return self.model.lm_head(tokens.x_PD[tokens.ragged.last]), kv
+        asked = arranged.encoding if masks.midway is None else masks.midway.append_to(arranged.encoding)
+        tokens = pack(asked, masks, arranged.sizes_BN, arranged.restored_B)
+        tokens, kv, executed = self.decoder.run(tokens, masks, cache)
+        if kv is not None and asked is not encoding:
+            kv.moved_B = encoding.next_rope_B - asked.next_rope_B
+        return self.model.lm_head(tokens.x_PD[tokens.ragged.last]), kv, executed
 
     @torch.no_grad()
     def answer(
@@ -366,12 +378,12 @@ class Backbone:
         """
         reference_ids = None if references is None else [self.answer_ids(reference) for reference in references]
         longest = max((len(ids) for ids in reference_ids or []), default=0)
-        logits_BV, kv = self.prefill(encoding, masks, cache=max_new_tokens > 1 or longest > 1)
+        logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1 or longest > 1)
         likelihood = None
         if reference_ids is not None:
             likelihood = self._score(logits_BV, reference_ids, encoding, kv)
         tokens = self._generate(logits_BV, max_new_tokens, encoding, kv)
-        return Answers([self._decode_ids(tuple(ids)) for ids in tokens], tokens, likelihood)
+        return Answers([self._decode_ids(tuple(ids)) for ids in tokens], tokens, likelihood, masks)
 
     def log_likelihood(self, encoding: Encoding, masks: Masks, answers: Sequence[str]) -> Tensor:
         """Log-probability of each row's answer text under its plan, (B,) float32 (summed over its tokens)."""
@@ -442,7 +454,7 @@ class Backbone:
         masks = replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
         n_BL = self.sequence_lengths(encoding, masks)
         answer = self.expected_answer_tokens if new_tokens is None else new_tokens
-        making_B = making_flops(shape, masks, encoding.visual_valid_BN.sum(1), encoding.text_tokens)
+        making_B = making_flops(shape, masks, encoding.visual_valid_BN.sum(1), encoding.text_tokens + masks.appended)
         return Cost(
             vision=encoding.vision_flops_B,
             projector=encoding.projector_flops_B,
@@ -457,7 +469,7 @@ class Backbone:
 
     def sequence_lengths(self, encoding: Encoding, masks: Masks) -> Tensor:
         """(B, L) tokens in each layer, text and visual, under restricted plans."""
-        return self.visual_counts(masks) + encoding.text_tokens[:, None]
+        return self.visual_counts(masks) + (encoding.text_tokens + masks.appended)[:, None]
 
     def full_llm_flops(self, encoding: Encoding) -> Tensor:
         """(B,) FLOPs of the full plan's prefill and decode: what a budget of 1 is a share of."""

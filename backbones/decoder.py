@@ -97,7 +97,7 @@ class MaskedDecoder:
             head_width=self.head_width,
         )
 
-    def run(self, tokens: Packed, masks: Masks, cache: bool = False) -> tuple[Packed, KVCache | None]:
+    def run(self, tokens: Packed, masks: Masks, cache: bool = False) -> tuple[Packed, KVCache | None, Masks]:
         """Run a packed batch of prompts under one plan a row.
 
         Args:
@@ -106,18 +106,25 @@ class MaskedDecoder:
             cache: whether to keep keys and values for ``extend``.
 
         Returns:
-            What is left of the tokens, with their final hidden states, normalised; and the cache if asked for.
+            What is left of the tokens, with their final hidden states, normalised; the cache if asked for; and the
+            plans that were executed, which a decision on the way may have changed.
         """
         plans, kv = self._begin(masks, cache)
         staging = Staging(masks, partial(self._project_ahead, plans))
         first, frame = self._frames(tokens)
-        for number, plan in enumerate(plans):
+        for number in range(len(plans)):
+            if masks.midway is not None and masks.midway.layer == number:
+                masks = masks.midway.decide(tokens.x_PD[tokens.ragged.last], masks)
+                plans[number:] = self._plan(masks)[number:]
+                staging.replan(masks)
             left = staging.enter(number, tokens)
             if left is not tokens:
                 tokens, (first, frame) = left, self._frames(left)
             where = first if number == 0 else frame
-            tokens = replace(tokens, x_PD=self._layer(number, plan, tokens.x_PD, where, kv, staging.listener(number)))
-        return replace(tokens, x_PD=self.model.norm(tokens.x_PD)), kv
+            tokens = replace(
+                tokens, x_PD=self._layer(number, plans[number], tokens.x_PD, where, kv, staging.listener(number))
+            )
+        return replace(tokens, x_PD=self.model.norm(tokens.x_PD)), kv, masks
 
     def prefill(
         self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, masks: Masks, cache: bool = False
@@ -134,7 +141,7 @@ class MaskedDecoder:
         Returns:
             Final hidden states (P, D), normalised, and the cache if asked for.
         """
-        assert not masks.stages, "plans with stages go through run"
+        assert not masks.stages and masks.midway is None, "plans that do more than masks say go through run"
         plans, kv = self._begin(masks, cache)
         return self._through(x_PD, Frame(ragged, *self.rope(x_PD, rope_PR)), plans, kv), kv
 
@@ -150,8 +157,11 @@ class MaskedDecoder:
         return self._through(x_PD, frame, cache.plans, cache).unflatten(0, (rows, t))
 
     def _begin(self, masks: Masks, cache: bool) -> tuple[list[LayerPlan], KVCache | None]:
-        plans = plan_layers(masks, self.slots_per_group, self.width == "heads+mlp")
+        plans = self._plan(masks)
         return plans, KVCache(plans, [[] for _ in plans]) if cache else None
+
+    def _plan(self, masks: Masks) -> list[LayerPlan]:
+        return plan_layers(masks, self.slots_per_group, self.width == "heads+mlp")
 
     def _through(self, x_PD: Tensor, frame: Frame, plans: list[LayerPlan], cache: KVCache | None) -> Tensor:
         for number, plan in enumerate(plans):

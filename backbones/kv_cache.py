@@ -72,7 +72,8 @@ class KVCache:
     Attributes:
         plans: the layer plans of the prefill, re-used by every later step.
         blocks: [layer][attention block].
-        moved_B: how far renumbering has moved the rotary position of the first answer token towards the start.
+        moved_B: how far renumbering has moved the rotary position of the first answer token towards the start; an extra
+            token moves it away.
     """
 
     plans: list[LayerPlan]

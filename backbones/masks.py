@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backbones.errors import InputError
+from backbones.midway import Midway
 from backbones.stages import Stage, cat_stages
 from backbones.survivors import Survivors
 
@@ -45,6 +46,7 @@ class Masks:
         stages: by layer: visual tokens that leave inside the decoder.
         survivors: how the kept tokens are laid out; None: as they are.
         making: (B,) int64 FLOPs that making the plan took, beyond what its planner charges for every query alike.
+        midway: a decision inside the decoder; until then ``heads`` and ``layers`` after it are of the same cost.
     """
 
     tokens: Tensor
@@ -53,6 +55,7 @@ class Masks:
     stages: tuple[Stage, ...] = ()
     survivors: Survivors | None = None
     making: Tensor | None = None
+    midway: Midway | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -72,6 +75,7 @@ class Masks:
             tuple(stage.map(function) for stage in self.stages),
             None if self.survivors is None else self.survivors.map(function),
             None if self.making is None else function(self.making),
+            None if self.midway is None else self.midway.map(function),
         )
 
     def with_bits(self, bits: Masks) -> Masks:
@@ -82,6 +86,11 @@ class Masks:
         """These plans in rows where the condition holds, the other's elsewhere."""
         rows_B = torch.arange(len(self), device=condition_B.device)
         return Masks.cat([self, other])[torch.where(condition_B, rows_B, rows_B + len(self))]
+
+    @property
+    def appended(self) -> int:
+        """Text tokens that the plans add to each prompt."""
+        return 0 if self.midway is None else 1
 
     @property
     def effective_heads(self) -> Tensor:
@@ -103,6 +112,7 @@ class Masks:
             cat_stages([part.stages for part in parts], rows),
             Survivors.cat([part.survivors for part in parts], rows),
             torch.cat(makings) if made else None,
+            Midway.cat([part.midway for part in parts]),
         )
 
 

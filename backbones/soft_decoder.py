@@ -10,7 +10,7 @@ heads, W head width, G key-value groups, T answer tokens of all rows, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,26 @@ class Gates:
         return self.heads * self.layers[..., None]
 
 
-def soft_answer_logits(backbone: Backbone, encoding: Encoding, gates: Gates, answers: Sequence[list[int]]) -> Tensor:
+@dataclass(frozen=True)
+class SoftMidway:
+    """A decision on entering a layer, as ``backbones.midway`` has it, relaxed.
+
+    Attributes:
+        layer: the first that is decided on.
+        choose: from the states (B, D) of the last tokens of the prompts to relaxed plans for all layers.
+    """
+
+    layer: int
+    choose: Callable[[Tensor], Gates]
+
+
+def soft_answer_logits(
+    backbone: Backbone,
+    encoding: Encoding,
+    gates: Gates,
+    answers: Sequence[list[int]],
+    midway: SoftMidway | None = None,
+) -> Tensor:
     """Logits (T, V) at the places that predict each answer's tokens and its end, row after row; differentiable.
 
     Args:
@@ -60,17 +79,19 @@ def soft_answer_logits(backbone: Backbone, encoding: Encoding, gates: Gates, ans
         encoding: B prompts followed by their answers.
         gates: B relaxed plans.
         answers: ids of each row's answer, without an end token.
+        midway: gives the plans from its layer on.
     """
     x_BSD, present_BS, cos_BSW, sin_BSW = _lay_out(backbone, encoding, gates)
+    lengths = (encoding.visual_valid_BN.sum(1) + encoding.text_tokens).tolist()
+    starts = [length - len(ids) - 1 for length, ids in zip(lengths, answers, strict=True)]
     for number, layer in enumerate(backbone.decoder.model.layers):
+        if midway is not None and midway.layer == number:
+            gates = midway.choose(x_BSD[range(len(starts)), starts])
         heads_BH = gates.effective_heads[:, number]
         x_BSD = x_BSD + _attend(backbone, layer, x_BSD, present_BS, (cos_BSW, sin_BSW), heads_BH)
         x_BSD = x_BSD + _feed_forward(backbone, layer, x_BSD, heads_BH, gates.layers[:, number])
-    lengths = (encoding.visual_valid_BN.sum(1) + encoding.text_tokens).tolist()
     rows = [row for row, ids in enumerate(answers) for _ in range(len(ids) + 1)]
-    places = [
-        place for length, ids in zip(lengths, answers, strict=True) for place in range(length - len(ids) - 1, length)
-    ]
+    places = [place for start, length in zip(starts, lengths, strict=True) for place in range(start, length)]
     return backbone.model.lm_head(backbone.decoder.model.norm(x_BSD[rows, places]))
 
 

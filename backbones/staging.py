@@ -43,12 +43,20 @@ class Staging:
     """
 
     def __init__(self, masks: Masks, project_ahead: ProjectAhead):
-        self.attends_BL = masks.effective_heads.any(2)
         self.project_ahead = project_ahead
+        self.heard: list[Heard] = []
+        self.watched: set[int] = set()
+        self.replan(masks)
+        if masks.midway is not None and any(stage.scorer is not None for stage in masks.stages):
+            # where rows skip all layers between the decision and a stage, the last before the decision is asked
+            self.watched.add(masks.midway.layer - 1)
+
+    def replan(self, masks: Masks) -> None:
+        """Follow these plans from now on; what layers before have told is kept."""
+        self.attends_BL = masks.effective_heads.any(2)
         self.due = [_Due(stage, *last_before(self.attends_BL, stage.layer)) for stage in masks.stages]
         scored = [due.layer_B for due in self.due if due.stage.scorer is not None]
-        self.watched = set(torch.cat(scored).unique().tolist()) if scored else set()
-        self.heard: list[Heard] = []
+        self.watched |= set(torch.cat(scored).unique().tolist()) if scored else set()
 
     def listener(self, number: int) -> Listener | None:
         """What a layer must tell its queries and keys, if a stage will ask for them."""

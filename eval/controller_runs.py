@@ -18,7 +18,7 @@ from eval.runs import RunFolder
 from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
 from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner, load_controller, save_controller
+from policies.learned import Controller, load_controller, planner_of, save_controller
 
 
 @dataclasses.dataclass
@@ -94,6 +94,8 @@ class ControllerRunConfig(Placement):
         if self.init_from is None:
             return None
         controller = load_controller(self.init_from, backbone)
+        if not isinstance(controller, TwoLevelController):
+            raise InputError(f"--init-from {str(self.init_from)!r} is a scheduler of AdaLLaVA's; give a run of another")
         if controller.config.width != sizes.width or controller.config.pools != sizes.pools:
             raise InputError(
                 f"--init-from {str(self.init_from)!r} has a controller of width {controller.config.width}, this run "
@@ -126,10 +128,10 @@ class RunJournal:
         self.lines += 1
         self.tracker.log(queries, metrics)
 
-    def validate(self, queries: int, controller: TwoLevelController) -> None:
+    def validate(self, queries: int, controller: Controller) -> None:
         """A line with accuracy and FLOPs on the validation split at each budget."""
         training = controller.training
-        planner = ControllerPlanner(controller, self.backbone, self.name)
+        planner = planner_of(controller, self.backbone, self.name)
         records = evaluate(planner, self.backbone, self.validation, self.config.test_budgets, progress=False)
         controller.train(training)
         kept = ("accuracy", "llm_flops_ratio", "budget_violations")
@@ -167,7 +169,7 @@ def conclude(
     config: ControllerRunConfig,
     folder: RunFolder,
     tracker: Tracker,
-    controller: TwoLevelController,
+    controller: Controller,
     backbone: Backbone,
     name: str,
     began: float,
@@ -178,7 +180,7 @@ def conclude(
     planners: list[Planner] = [
         FullPlanner(backbone),
         RandomPlanner(backbone, config.seed, check_axes(config.axes)),
-        ControllerPlanner(controller, backbone, name),
+        planner_of(controller, backbone, name),
     ]
     records: list[Record] = []
     for planner in planners:

@@ -94,7 +94,7 @@ def _measure(planner: Planner, backbone: Backbone, encoding: Encoding, budget: f
     budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=backbone.device)
     masks, columns = _plan(planner, encoding, budgets_B)
     answers = backbone.answer(encoding, masks, max_new_tokens)
-    masks = backbone.restrict(encoding, masks)
+    masks = answers.masks
     cost = backbone.cost(encoding, masks, planner.controller_flops(encoding))
     full = backbone.cost(encoding, backbone.full(encoding))
     accuracy = [score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)]

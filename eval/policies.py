@@ -22,7 +22,7 @@ from policies.baselines import BASELINES, Planner
 from policies.chain import THEN, ChainPlanner
 from policies.keep import KeepPlanner
 from policies.layout import MERGE, POSITIONS, LaidOutPlanner
-from policies.learned import ControllerPlanner, load_controller
+from policies.learned import load_controller, planner_of
 from policies.milliseconds import MillisecondPlanner
 
 GIVEN = ("backbone", "seed")
@@ -102,7 +102,7 @@ def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
     name, _, options = base.partition(":")
     folder = RunFolder(base)
     if name not in BASELINES and folder.is_run():
-        return ControllerPlanner(load_controller(folder.path, backbone), backbone, folder.path.name)
+        return planner_of(load_controller(folder.path, backbone), backbone, folder.path.name)
     if name in BASELINES:
         planner = BASELINES[name](backbone, seed, **parse_options(BASELINES[name], f"policy {name!r}", options, GIVEN))
         if options:

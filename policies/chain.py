@@ -111,4 +111,5 @@ class ChainPlanner:
             layers=second.layers,
             stages=tuple(sorted((*first.stages, *second.stages), key=lambda stage: stage.layer)),
             making=sum(making[1:], making[0]) if making else None,
+            midway=second.midway,
         )

@@ -1,8 +1,9 @@
-"""A trained controller as a planner, and its files."""
+"""Trained controllers as planners, and their files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
+from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
+from policies.baselines import Planner
 from policies.controller import ControllerConfig, TwoLevelController
 from policies.decisions import Decider
 
@@ -46,13 +49,29 @@ class ControllerPlanner:
         return self.decider.controller_flops(encoding)
 
 
-def save_controller(controller: TwoLevelController, folder: Path) -> None:
+Controller = TwoLevelController | AdaLlavaScheduler
+
+_KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Controller]]] = {
+    "two-level": (ControllerConfig, TwoLevelController),
+    "adallava": (AdaLlavaConfig, AdaLlavaScheduler),
+}
+
+
+def planner_of(controller: Controller, backbone: Backbone, name: str) -> Planner:
+    """The planner that a controller of either kind makes."""
+    if isinstance(controller, AdaLlavaScheduler):
+        return AdaLlavaPlanner(controller, backbone, name)
+    return ControllerPlanner(controller, backbone, name)
+
+
+def save_controller(controller: Controller, folder: Path) -> None:
     """Write ``controller.safetensors`` and ``controller.json``."""
+    kind = next(name for name, (_, module) in _KINDS.items() if type(controller) is module)
     save_file({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}, folder / WEIGHTS)
-    (folder / SIZES).write_text(json.dumps(controller.config_dict(), indent=2) + "\n")
+    (folder / SIZES).write_text(json.dumps({"kind": kind, **controller.config_dict()}, indent=2) + "\n")
 
 
-def load_controller(folder: Path, backbone: Backbone) -> TwoLevelController:
+def load_controller(folder: Path, backbone: Backbone) -> Controller:
     """Read a controller back.
 
     Raises:
@@ -60,19 +79,21 @@ def load_controller(folder: Path, backbone: Backbone) -> TwoLevelController:
     """
     try:
         sizes: dict[str, Any] = json.loads((folder / SIZES).read_text())
-        config = ControllerConfig(**sizes)
+        make_config, make = _KINDS[sizes.pop("kind", "two-level")]
+        config = make_config(**sizes)
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise InputError(f"no readable controller in {str(folder)!r} ({error}); is it a finished run?") from error
     layout = backbone.layout
-    mine = (config.tokens, config.layers, config.heads, config.hidden)
-    theirs = (layout.tokens, layout.layers, layout.heads, backbone.hidden)
+    sizes = {"tokens": layout.tokens, "layers": layout.layers, "heads": layout.heads, "hidden": backbone.hidden}
+    sizes = {name: size for name, size in sizes.items() if hasattr(config, name)}
+    mine, theirs = tuple(getattr(config, name) for name in sizes), tuple(sizes.values())
     if mine != theirs:
         raise InputError(
-            f"the controller in {str(folder)!r} is for (tokens, layers, heads, hidden) = {mine}; "
+            f"the controller in {str(folder)!r} is for ({', '.join(sizes)}) = {mine}; "
             f"backbone {backbone.name!r} has {theirs}"
         )
-    controller = TwoLevelController(config)
+    controller = make(config)
     try:
         controller.load_state_dict(weights)
     except RuntimeError as error:

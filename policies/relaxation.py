@@ -18,7 +18,7 @@ from backbones.encoding import Encoding
 from backbones.soft_decoder import Gates, soft_llm_flops
 from policies.decisions import Decider, Decisions
 
-ESTIMATORS = ("gumbel", "soft-topk")
+ESTIMATORS = ("gumbel", "soft-topk", "adallava-l", "adallava-h")
 
 
 @dataclass(frozen=True)

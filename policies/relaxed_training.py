@@ -7,19 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.soft_decoder import Gates, soft_answer_logits
 from policies.decisions import Decider
+from policies.projection import least_share
 from policies.relaxation import ESTIMATORS, Relaxed, cost_loss, gumbel_straight_through, soft_top_k
 
 COST_LOSSES = ("budget", "penalty")
+
+
+class Learner(Protocol):
+    """What a training by relaxation needs of a kind of controller.
+
+    Attributes:
+        controller: is trained.
+        more_tokens: places to keep free between prompt and answer.
+    """
+
+    controller: nn.Module
+    more_tokens: int
+
+    def least_share(self, prompts: Encoding) -> Tensor:
+        """(B,) float64: the smallest budgets for which there is a plan."""
+        ...
+
+    def losses(self, batch: RelaxedBatch, progress: float) -> dict[str, Tensor]:
+        """Parts of a batch's loss, after a share of the training: ``answer``, ``cost``, ``distillation``, as far as it
+        has them; and, beside them, without gradient, ``soft_flops``: the share of the full FLOPs that the relaxed plans
+        cost, and ``log_likelihood`` of the answers."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +51,7 @@ class RelaxationSettings:
     """How a controller is relaxed and what its loss weighs.
 
     Attributes:
-        estimator: ``"gumbel"`` or ``"soft-topk"``.
+        estimator: ``"gumbel"``, ``"soft-topk"``, or one of AdaLLaVA's, of which only the temperatures count.
         temperatures: at the start and at the end; geometric in between.
         noise: of the soft top-k's logits, at the start; it falls linearly to zero.
         fit: whether Gumbel's bits are projected into the budget in training, too.
@@ -87,7 +111,7 @@ class RelaxedBatch:
 
     Attributes:
         prompts: B encodings.
-        answered: the same, followed by their answers.
+        answered: the same, followed by as many places as the learner wants and by their answers.
         answers: ids of each row's answer, without an end token.
         budgets_B: shares of the full plan's LLM FLOPs.
     """
@@ -98,30 +122,37 @@ class RelaxedBatch:
     budgets_B: Tensor
 
 
-def relaxed_losses(
-    settings: RelaxationSettings, decider: Decider, batch: RelaxedBatch, progress: float
-) -> dict[str, Tensor]:
-    """Parts of a batch's loss, each weighted: ``answer``, ``cost``, ``distillation``; and, beside it, without gradient,
-    ``soft_flops``: the share of the full FLOPs that the relaxed plans cost, and ``log_likelihood`` of the answers.
+class RelaxedLearner:
+    """Trains a two-level controller.
 
     Args:
+        decider: drives the controller.
         settings: estimator and weights.
-        decider: drives the controller that is trained.
-        batch: B queries.
-        progress: share of the training that is done.
     """
-    backbone = decider.backbone
-    relaxed = relax(settings, decider, batch.prompts, batch.budgets_B, progress)
-    logits_TV = soft_answer_logits(backbone, batch.answered, relaxed.gates(decider), batch.answers)
-    targets_T = answer_targets(backbone, batch.answers)
-    token_losses_T = F.cross_entropy(logits_TV, targets_T, reduction="none")
-    spent_B = relaxed.flops(decider, batch.prompts) / backbone.full_llm_flops(batch.prompts)
-    parts = {"answer": token_losses_T.sum() / len(batch.answers)}
-    if settings.estimator == "gumbel":
-        parts["cost"] = settings.price(progress) * cost_loss(settings.cost, spent_B, batch.budgets_B).float()
-    if settings.distillation:
-        parts["distillation"] = settings.distillation * _divergence(backbone, batch, logits_TV)
-    return {**parts, "soft_flops": spent_B.detach().mean(), "log_likelihood": -parts["answer"].detach()}
+
+    more_tokens = 0
+
+    def __init__(self, decider: Decider, settings: RelaxationSettings):
+        self.decider, self.settings = decider, settings
+        self.controller = decider.controller
+
+    def least_share(self, prompts: Encoding) -> Tensor:
+        flops_B = self.decider.controller_flops(prompts)
+        return least_share(self.decider.backbone, prompts, flops_B, self.decider.axes)
+
+    def losses(self, batch: RelaxedBatch, progress: float) -> dict[str, Tensor]:
+        settings, decider, backbone = self.settings, self.decider, self.decider.backbone
+        relaxed = relax(settings, decider, batch.prompts, batch.budgets_B, progress)
+        logits_TV = soft_answer_logits(backbone, batch.answered, relaxed.gates(decider), batch.answers)
+        targets_T = answer_targets(backbone, batch.answers)
+        token_losses_T = F.cross_entropy(logits_TV, targets_T, reduction="none")
+        spent_B = relaxed.flops(decider, batch.prompts) / backbone.full_llm_flops(batch.prompts)
+        parts = {"answer": token_losses_T.sum() / len(batch.answers)}
+        if settings.estimator == "gumbel":
+            parts["cost"] = settings.price(progress) * cost_loss(settings.cost, spent_B, batch.budgets_B).float()
+        if settings.distillation:
+            parts["distillation"] = settings.distillation * _divergence(backbone, batch, logits_TV)
+        return {**parts, "soft_flops": spent_B.detach().mean(), "log_likelihood": -parts["answer"].detach()}
 
 
 def answer_targets(backbone: Backbone, answers: Sequence[list[int]]) -> Tensor:

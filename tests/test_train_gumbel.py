@@ -31,9 +31,10 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "soft-topk"])
+@pytest.mark.parametrize("estimator", ["gumbel", "soft-topk", "adallava-l", "adallava-h"])
 def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, capsys, estimator):
-    train(monkeypatch, place, tmp_path / "run", "--estimator", estimator, "--distillation", 0.5)
+    adallava = estimator.startswith("adallava")
+    train(monkeypatch, place, tmp_path / "run", "--estimator", estimator, "--distillation", 0 if adallava else 0.5)
     files = (
         "config.yaml command.txt environment.json metrics.jsonl result.json controller.safetensors controller.json "
         "checkpoints tradeoff.png training.png"
@@ -45,7 +46,8 @@ def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, 
     assert f"| {estimator} " in capsys.readouterr().out
     logged = lines(tmp_path / "run")
     assert [line["queries"] for line in logged if "validation" in line] == [128, 256]
-    parts = {"answer", "distillation", "soft_flops", "reward"} | ({"cost"} if estimator == "gumbel" else set())
+    parts = {"answer", "soft_flops", "reward"} | ({"cost"} if estimator == "gumbel" else set())
+    parts |= set() if adallava else {"distillation"}
     assert parts <= set(logged[0])
     options = ["--budgets", "0.6", "--json", tmp_path / "again.json", "--data", place / "data"]
     command(monkeypatch, eval_main.main, "run", tmp_path / "run", *options)
@@ -57,9 +59,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [0, 72, 200])
-def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at):
-    train(monkeypatch, place, tmp_path / "whole")
+@pytest.mark.parametrize(("at", "estimator"), [(0, "gumbel"), (72, "gumbel"), (200, "gumbel"), (72, "adallava-h")])
+def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, estimator):
+    train(monkeypatch, place, tmp_path / "whole", "--estimator", estimator)
     step = train_gumbel.Trainer.step
 
     def dying(self):
@@ -70,7 +72,7 @@ def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at):
     with monkeypatch.context() as patch:
         patch.setattr(train_gumbel.Trainer, "step", dying)
         with pytest.raises(Killed):
-            train(monkeypatch, place, tmp_path / "killed")
+            train(monkeypatch, place, tmp_path / "killed", "--estimator", estimator)
     command(monkeypatch, train_gumbel.main, "--out", tmp_path / "killed", "--resume")
     whole, resumed = (load_file(tmp_path / name / "controller.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] == resumed[name]).all() for name in whole)
@@ -88,13 +90,11 @@ def likelihood(trainer, batches=12):
     """Mean log-likelihood of the answers under the trainer's relaxed plans, on fixed draws."""
     torch.manual_seed(0)
     train_gumbel.np.random.seed(0)
-    parts = [
-        train_gumbel.relaxed_losses(trainer.settings, trainer.decider, trainer.draw(), 1.0) for _ in range(batches)
-    ]
+    parts = [trainer.learner.losses(trainer.draw(), 1.0) for _ in range(batches)]
     return sum(float(part["log_likelihood"]) for part in parts) / batches
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "soft-topk"])
+@pytest.mark.parametrize("estimator", ["gumbel", "soft-topk", "adallava-l", "adallava-h"])
 def test_training_raises_the_answers_likelihood(place, tmp_path, estimator):
     """Null: a learning rate of nothing leaves it where it was."""
     gains = {}
@@ -162,6 +162,9 @@ def test_axes_left_out_stay_full_and_are_saved(monkeypatch, place, tmp_path, scr
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--init-from", "nowhere"], "no readable controller in 'nowhere'"),
         (["--learning-rate", "1e30"], "the loss is nan after"),
+        (["--estimator", "adallava-l", "--axes", "layers"], "--axes has no effect on adallava-l; leave it out"),
+        (["--estimator", "adallava-l", "--prefix-layers", "3"], "3 prefix layers do not fit a backbone of 3 layers"),
+        (["--estimator", "adallava-h", "--head-group", "3"], "groups of 3 heads do not fit 4 head slots"),
     ],
 )
 def test_bad_options_end_with_status_2_and_one_line(monkeypatch, place, tmp_path, capsys, arguments, words):
