@@ -29,8 +29,9 @@ from envs.scoring import reference
 from eval import cli
 from eval.evaluate import evaluate
 from eval.runs import RunFolder
+from policies.adapters import lora_config, save_model
 from policies.baselines import FullPlanner, RandomPlanner
-from policies.elastic import ElasticSettings, ElasticTrainer, lora_config
+from policies.elastic import ElasticSettings, ElasticTrainer
 from policies.muon import MuonAdamW
 
 
@@ -268,8 +269,7 @@ def save(config: BackboneConfig, folder: RunFolder, trainer: ElasticTrainer, bac
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora_rank and config.merge:
         model = model.merge_and_unload()
-    model.save_pretrained(folder.path / "model")
-    backbone.processor.save_pretrained(folder.path / "model")
+    save_model(model, backbone, folder.model)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class Trainer:
 
     Args:
         config: the run's options.
-        backbone: frozen; gradients pass through it.
+        backbone: gradients pass through it; frozen, unless it is tuned.
         journal: where metrics go.
     """
 
@@ -138,6 +138,7 @@ class Trainer:
         self.config, self.backbone, self.journal = config, backbone, journal
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)
+        self.tuning = config.tuning(backbone)
         self.learner = learner(config, backbone)
         self.controller = self.learner.controller
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.learning_rate)
@@ -180,6 +181,8 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.controller.parameters(), 1.0)
         self.optimizer.step()
+        if self.tuning is not None:
+            self.tuning.step(self.progress)
         self.queries += self.config.batch_size
         return {"reward": -loss.item(), **{name: part.item() for name, part in parts.items()}}
 
@@ -212,6 +215,7 @@ class Trainer:
         random_tensors, random_rest = random_state()
         weights = {f"controller.{name}": value for name, value in self.controller.state_dict().items()}
         tensors = {**weights, **optimizer_tensors(self.optimizer), **random_tensors}
+        tensors |= {} if self.tuning is None else self.tuning.tensors()
         state = {"queries": self.queries, "random": random_rest, **self.journal.state()}
         save_checkpoint(self.journal.folder.checkpoints, self.queries, tensors, state)
 
@@ -227,6 +231,8 @@ class Trainer:
         }
         self.controller.load_state_dict(weights)
         restore_optimizer(self.optimizer, tensors)
+        if self.tuning is not None:
+            self.tuning.restore(tensors)
         self.queries = state["queries"]
         self.journal.load_state(state)
         restore_random_state(tensors, state["random"])
@@ -247,7 +253,7 @@ def main() -> None:
     if config.resume:
         trainer.restore()
     trainer.train()
-    conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began)
+    conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
 
 
 if __name__ == "__main__":

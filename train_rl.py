@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -31,6 +32,9 @@ from policies.checkpoints import (
 from policies.controller import TwoLevelController
 from policies.group_buffer import GroupRolloutBuffer
 from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy, ratio_sizes
+
+if TYPE_CHECKING:
+    from policies.joint_tuning import JointTuning
 
 
 @dataclasses.dataclass
@@ -125,7 +129,9 @@ class RunCallback(BaseCallback):
     def __init__(self, config: RLConfig, journal: RunJournal, venv: MaskingVecEnv):
         super().__init__()
         self.config, self.journal, self.venv = config, journal, venv
+        self.tuning = config.tuning(venv.core.backbone)
         self._rollout: list[dict[str, np.ndarray]] = []
+        self._executed: list[tuple[np.ndarray, np.ndarray]] = []
 
     def _on_training_start(self) -> None:
         self.bar = tqdm(total=self.config.total_queries, initial=self.num_timesteps, desc="train", unit="plan")
@@ -133,8 +139,22 @@ class RunCallback(BaseCallback):
     def _on_step(self) -> bool:
         columns = info_columns(self.locals["infos"], self.INFO)
         self._rollout.append({"reward": self.locals["rewards"].copy(), **columns})
+        if self.tuning is not None:
+            one_a_query = slice(None, None, self.config.plans_per_query)
+            self._executed.append(tuple(part[one_a_query].copy() for part in self.venv.executed))
         self.bar.update(self.venv.num_envs)
         return True
+
+    def _on_rollout_end(self) -> None:
+        """A tuned backbone learns the answers under one of the plans that were tried for each query."""
+        if self.tuning is None:
+            return
+        numbers, actions = (np.concatenate(parts) for parts in zip(*self._executed, strict=True))
+        self._executed = []
+        core = self.venv.core
+        masks = core.layout.unflatten(torch.from_numpy(actions).bool().to(core.backbone.device))
+        progress = min(1.0, self.num_timesteps / self.config.total_queries)
+        self._tuning_loss = self.tuning.learn(core.bank, numbers, masks, progress)
 
     def _on_rollout_start(self) -> None:
         """The last update is done here, so metrics and checkpoints are complete."""
@@ -159,6 +179,8 @@ class RunCallback(BaseCallback):
             if name in ("train/approx_kl", "train/clip_fraction", "train/entropy_loss", "train/explained_variance")
         }
         self.bar.set_postfix(reward=f"{means['reward']:.3f}", accuracy=f"{means['accuracy']:.3f}")
+        if self.tuning is not None:
+            update["tuning_loss"] = self._tuning_loss
         self.journal.write(self.num_timesteps, {**means, **update})
 
     def _controller(self) -> TwoLevelController:
@@ -177,6 +199,7 @@ class RunCallback(BaseCallback):
             **self.journal.state(),
         }
         tensors = {**policy, **optimizer_tensors(self.model.policy.optimizer), **random_tensors}
+        tensors |= {} if self.tuning is None else self.tuning.tensors()
         save_checkpoint(self.journal.folder.checkpoints, self.num_timesteps, tensors, state)
 
     def restore(self, model: PPO) -> None:
@@ -188,6 +211,8 @@ class RunCallback(BaseCallback):
         policy = {name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")}
         model.policy.load_state_dict(policy)
         restore_optimizer(model.policy.optimizer, tensors)
+        if self.tuning is not None:
+            self.tuning.restore(tensors)
         model.num_timesteps = state["queries"]
         model._n_updates = state["updates"]
         model._last_obs = self.venv.load_state(state["environment"])
@@ -196,7 +221,9 @@ class RunCallback(BaseCallback):
         restore_random_state(tensors, state["random"])
 
 
-def train(config: RLConfig, folder: RunFolder, tracker: Tracker) -> tuple[TwoLevelController, Backbone]:
+def train(
+    config: RLConfig, folder: RunFolder, tracker: Tracker
+) -> tuple[TwoLevelController, Backbone, JointTuning | None]:
     """Train, or finish training, in ``folder``."""
     model, venv = build(config)
     journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl")
@@ -211,7 +238,7 @@ def train(config: RLConfig, folder: RunFolder, tracker: Tracker) -> tuple[TwoLev
             callback.bar.close()
         callback.save()
     assert isinstance(model.policy, TwoLevelPolicy)
-    return model.policy.controller, venv.core.backbone
+    return model.policy.controller, venv.core.backbone, callback.tuning
 
 
 def main() -> None:
@@ -220,8 +247,8 @@ def main() -> None:
     config.check()
     folder = RunFolder.create(config.out, config, config.resume)
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config))
-    controller, backbone = train(config, folder, tracker)
-    conclude(config, folder, tracker, controller, backbone, "rl", began)
+    controller, backbone, tuning = train(config, folder, tracker)
+    conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
 
 
 if __name__ == "__main__":

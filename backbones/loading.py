@@ -73,9 +73,10 @@ def _base_of(where: str | Path, name: str) -> str | Path:
     if not isinstance(where, Path) or not (where / "adapter_config.json").is_file():
         return where
     try:
-        return str(json.loads((where / "adapter_config.json").read_text())["base_model_name_or_path"])
+        base = str(json.loads((where / "adapter_config.json").read_text())["base_model_name_or_path"])
     except (ValueError, KeyError) as error:
         raise InputError(f"backbone {name!r} has an unreadable adapter_config.json ({error!r})") from error
+    return TINY_FOLDER if base == "tiny" else base
 
 
 def check_placement(dtype: torch.dtype, device: torch.device | str) -> None:

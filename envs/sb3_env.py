@@ -21,7 +21,12 @@ class MaskingVecEnv(VecEnv):
         core: draws and executes.
         num_envs: slots.
         plans_per_query: consecutive slots that answer the same query and budget.
+
+    Attributes:
+        executed: query numbers (B,) and flat actions (B, A) of the last step.
     """
+
+    executed: tuple[np.ndarray, np.ndarray]
 
     def __init__(self, core: MaskingCore, num_envs: int, plans_per_query: int = 1):
         self.core = core
@@ -44,6 +49,7 @@ class MaskingVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         last = self.slots.observe()
+        self.executed = self.slots.numbers, self._actions
         outcome = self.slots.step(self._actions)
         self.slots.draw()
         columns = {name: values.tolist() for name, values in outcome.info.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
@@ -19,6 +19,9 @@ from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
 from policies.controller import ControllerConfig, TwoLevelController
 from policies.learned import Controller, load_controller, planner_of, save_controller
+
+if TYPE_CHECKING:
+    from policies.joint_tuning import JointTuning
 
 
 @dataclasses.dataclass
@@ -46,6 +49,11 @@ class ControllerRunConfig(Placement):
     """Continue the run in `out` from its last checkpoint, as if it had never stopped."""
     init_from: Path | None = None
     """Start from the controller of this finished run (of any estimator) instead of a fresh one."""
+    tune_backbone: Literal["off", "lora", "full"] = "off"
+    """Let the language model's weights learn with the controller, as AdaLLaVA does: adapters of rank 16, or all weights
+    of its layers. Saved in the run's `model/`. Off for comparisons of controllers."""
+    tune_rate: float = 1e-4
+    """Learning rate of the backbone's weights, falling linearly to zero."""
     width: int = 48
     """Width of the controller."""
     learning_rate: float = 1e-3
@@ -72,13 +80,23 @@ class ControllerRunConfig(Placement):
         check_axes(self.axes)
         check_budgets(self.test_budgets)
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
-        if not self.learning_rate > 0:
-            raise InputError(f"--learning-rate is {self.learning_rate:g}; it must be above 0")
+        for name in ("learning_rate", "tune_rate"):
+            if not getattr(self, name) > 0:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is {getattr(self, name):g}; it must be above 0")
 
     def check_at_least_one(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+    def tuning(self, backbone: Backbone) -> JointTuning | None:
+        """What lets the backbone learn, if it shall."""
+        if self.tune_backbone == "off":
+            return None
+        from policies.joint_tuning import JointTuning  # PEFT takes seconds to import, and few need it
+
+        return JointTuning(backbone, self.tune_backbone, self.tune_rate)
 
     def sizes(self, backbone: Backbone, **more: Any) -> ControllerConfig:
         """Of the controller to train."""
@@ -173,9 +191,13 @@ def conclude(
     backbone: Backbone,
     name: str,
     began: float,
+    tuning: JointTuning | None = None,
 ) -> None:
-    """Save the controller, evaluate it beside random plans of equal cost and the plain model, draw and print."""
+    """Save the controller and a backbone that was tuned, evaluate beside random plans of equal cost and the plain
+    model, draw and print."""
     save_controller(controller, folder.path)
+    if tuning is not None:
+        tuning.save(folder.model)
     bank = EncodingBank(backbone, load_queries(config.data, "test", config.test_queries))
     planners: list[Planner] = [
         FullPlanner(backbone),

@@ -39,7 +39,7 @@ def backbone_of(policies: Sequence[str], backbone: str | None) -> str:
         return backbone
     parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
     runs = [RunFolder(part) for part in parts if part not in BASELINES and Path(part).exists()]
-    names = sorted({str(run.config().get("backbone", "tiny")) for run in runs})
+    names = sorted({run.backbone() for run in runs})
     if len(names) > 1:
         raise InputError(f"the runs are for different backbones ({', '.join(names)}); evaluate them one by one")
     return names[0] if names else "tiny"

@@ -86,6 +86,15 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def model(self) -> Path:
+        """A backbone that was trained in this run."""
+        return self.path / "model"
+
+    def backbone(self) -> str:
+        """The backbone that the run's controller is for."""
+        return str(self.model) if self.model.exists() else str(self.config().get("backbone", "tiny"))
+
     def log(self, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a") as file:

@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from backbones.backbone import Backbone
 from backbones.encoding import EncodedImage, QuerySource
 from backbones.errors import InputError
+from backbones.executed import executed_answer_logits
 from backbones.masks import Masks
 from backbones.shared_prefix import answer_logits, can_share
 from policies.baselines import random_plans
@@ -98,7 +99,7 @@ class ElasticTrainer(SFTTrainer):
         draws: one row an image and step, in order, with the column ``queries``.
         settings: plain steps, budgets, seed.
         args: TRL's.
-        peft_config: train adapters (``lora_config``) and leave the weights; without it, all weights.
+        peft_config: train adapters (``policies.adapters.lora_config``) and leave the weights; without it, all weights.
         **options: of ``SFTTrainer``.
     """
 
@@ -229,14 +230,7 @@ class AnsweredRows:
     def logits(self, backbone: Backbone, masks: Masks) -> Tensor:
         """Logits (T, V) at the places that predict each answer's tokens and its end, under a plan a row."""
         encoding = backbone.assemble(self.images, self.questions, continuations=self.answers)
-        masks = backbone.restrict(encoding, masks)
-        x_PD, ragged, rope_PR = backbone.pack(encoding, masks)
-        hidden_PD, _ = backbone.decoder.prefill(x_PD, ragged, rope_PR, masks)
-        places = [
-            last - torch.arange(len(ids), -1, -1, device=last.device)
-            for last, ids in zip(ragged.last, self.answers, strict=True)
-        ]
-        return backbone.model.lm_head(hidden_PD[torch.cat(places)])
+        return executed_answer_logits(backbone, encoding, masks, self.answers)
 
 
 def pruned_losses(pruned_EV: Tensor, full_EV: Tensor, targets_E: Tensor) -> dict[str, Tensor]:
@@ -246,17 +240,3 @@ def pruned_losses(pruned_EV: Tensor, full_EV: Tensor, targets_E: Tensor) -> dict
         "pruned": F.cross_entropy(pruned_EV, targets_E),
         "divergence": F.kl_div(pruned_EV.log_softmax(-1), teacher_EV, reduction="batchmean", log_target=True),
     }
-
-
-def lora_config(backbone: Backbone, rank: int) -> LoraConfig:
-    """Adapters of a rank on every linear layer that plans cut: the decoder's attention and MLP projections.
-
-    Raises:
-        InputError: a rank below 1.
-    """
-    if rank < 1:
-        raise InputError(f"LoRA rank is {rank}; it must be at least 1")
-    decoder: Any = backbone.family.decoder
-    projections = {module for module in decoder.layers.modules() if isinstance(module, nn.Linear)}
-    names = [name for name, module in backbone.model.named_modules() if module in projections]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=names)

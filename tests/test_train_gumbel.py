@@ -1,6 +1,7 @@
 """The command that trains by relaxation: from options to a run folder, resumed exactly, and clear about bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -158,6 +159,7 @@ def test_axes_left_out_stay_full_and_are_saved(monkeypatch, place, tmp_path, scr
         (["--axes", "width"], "the axes are width; they must be some of tokens, heads, layers"),
         (["--temperatures", "0.1", "1"], "--temperatures is (0.1, 1.0)"),
         (["--cost-weight", "-1"], "--cost-weight is -1"),
+        (["--tune-backbone", "lora", "--tune-rate", "0"], "--tune-rate is 0; it must be above 0"),
         (["--budgets", "0.8", "0.2"], "budgets are (0.8, 0.2)"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--init-from", "nowhere"], "no readable controller in 'nowhere'"),
@@ -173,6 +175,34 @@ def test_bad_options_end_with_status_2_and_one_line(monkeypatch, place, tmp_path
     assert caught.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and words in errors[0]
+
+
+@pytest.mark.parametrize("script", ["train_gumbel", "train_rl"])
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_a_tuned_backbone_learns_is_saved_and_resumed(monkeypatch, place, tmp_path, script, way):
+    """Null: without the option the run has no model of its own, and its backbone is the one it was given."""
+    main = {"train_gumbel": train_gumbel, "train_rl": train_rl}[script].main
+    extra = "--envs 8 --rollout-steps 2" if script == "train_rl" else ""
+    options = f"--batch-size 8 --total-queries 64 --checkpoint-every 16 --budgets 0.6 1 --test-budgets 0.8 {extra}"
+    where = ["--backbone", place / "vlm", "--data", place / "data", *options.split(), "--tune-rate", 0.01]
+    for name, more in (("tuned", ["--tune-backbone", way]), ("plain", [])):
+        command(monkeypatch, main, *where, *more, "--out", tmp_path / name)
+    assert not (tmp_path / "plain" / "model").exists()
+    assert RunFolder(tmp_path / "plain").backbone() == str(place / "vlm")
+    base = load_backbone(str(place / "vlm")).model.state_dict()
+    tuned = load_backbone(RunFolder(tmp_path / "tuned").backbone()).model.state_dict()
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert changed and all("language_model" in name and "embed_tokens" not in name for name in changed)
+    options = ["--budgets", "0.8", "--json", tmp_path / "again.json", "--data", place / "data"]
+    command(monkeypatch, eval_main.main, "run", tmp_path / "tuned", *options)
+    again = json.loads((tmp_path / "again.json").read_text())[0]
+    first = json.loads((tmp_path / "tuned" / "result.json").read_text())[-1]
+    assert (again["accuracy"], again["kept_tokens"]) == (first["accuracy"], first["kept_tokens"])
+    newest = sorted((tmp_path / "tuned" / "checkpoints").glob("step-*"))[-1]
+    shutil.rmtree(newest)
+    command(monkeypatch, main, "--out", tmp_path / "tuned", "--resume")
+    resumed = load_backbone(RunFolder(tmp_path / "tuned").backbone()).model.state_dict()
+    assert all(torch.equal(tuned[name], resumed[name]) for name in tuned)
 
 
 def test_a_controller_of_another_width_is_named(monkeypatch, place, tmp_path, capsys):
