@@ -19,6 +19,7 @@ from envs import load_queries
 from envs.scoring import reference
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.report import markdown
 from eval.runs import RunFolder
 from eval.tracking import Tracker
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
@@ -33,6 +34,7 @@ from policies.checkpoints import (
 )
 from policies.controller import TwoLevelController
 from policies.decisions import Decider
+from policies.learned import planner_of
 from policies.relaxed_training import Learner, RelaxationSettings, RelaxedBatch, RelaxedLearner
 
 
@@ -204,6 +206,23 @@ class Trainer:
         self.journal.validate(self.queries, self.controller)
         self.save()
 
+    def cost_gap(self) -> list[tuple[str, str, str]]:
+        """What relaxed plans and executed ones cost on the validation split, at the budgets of the final table that can
+        be met."""
+        planner = planner_of(self.controller, self.backbone, self.config.estimator)
+        encoding = self.journal.validation.gather_valid(range(len(self.journal.validation)))[0]
+        assert encoding is not None
+        full_B = self.backbone.full_llm_flops(encoding)
+        rows = [("budget", "relaxed LLM FLOPs %", "executed LLM FLOPs %")]
+        least = float(self.learner.least_share(encoding).max())
+        for budget in (budget for budget in self.config.test_budgets if budget >= least):
+            budgets_B = torch.full_like(full_B, budget, dtype=torch.float64)
+            relaxed = self.learner.soft_flops(encoding, budgets_B) / full_B
+            plans = planner.plan(encoding, budgets_B)
+            executed = self.backbone.cost(encoding, plans, planner.controller_flops(encoding)).llm / full_B
+            rows.append((f"{budget:.2f}", f"{100 * relaxed.mean():.1f}", f"{100 * executed.mean():.1f}"))
+        return rows
+
     def _between_lines(self) -> None:
         if self.journal.due_validation(self.queries):
             self.journal.validate(self.queries, self.controller)
@@ -247,13 +266,14 @@ def main() -> None:
     config = cli.parse(GumbelConfig)
     config.check()
     folder = RunFolder.create(config.out, config, config.resume)
-    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config))
+    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     backbone = config.load(config.backbone)
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
     if config.resume:
         trainer.restore()
     trainer.train()
     conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
+    print(f"\ncost of the plans that were trained and of those executed, validation:\n{markdown(trainer.cost_gap())}")
 
 
 if __name__ == "__main__":

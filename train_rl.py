@@ -246,7 +246,7 @@ def main() -> None:
     config = cli.parse(RLConfig)
     config.check()
     folder = RunFolder.create(config.out, config, config.resume)
-    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config))
+    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     controller, backbone, tuning = train(config, folder, tracker)
     conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
 

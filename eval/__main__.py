@@ -15,6 +15,7 @@ from envs import load_queries
 from eval import cli, elasticity, gradients, report
 from eval.bench import bench, bench_table
 from eval.evaluate import Record, check_budgets, evaluate
+from eval.experiment.command import Experiment
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import question_only_accuracy
@@ -268,6 +269,7 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[SearchStatic, tyro.conf.subcommand("search-static")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
+    | Annotated[Experiment, tyro.conf.subcommand("experiment")]
 )
 
 

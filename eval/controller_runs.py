@@ -13,7 +13,8 @@ from backbones.masks import AXES, check_axes
 from envs import load_queries
 from eval import report
 from eval.cli import Placement
-from eval.evaluate import Record, check_budgets, evaluate
+from eval.clock import TrainingClock, throughput
+from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.runs import RunFolder
 from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
@@ -70,6 +71,8 @@ class ControllerRunConfig(Placement):
     """Queries of the test split to use; all by default."""
     wandb: str | None = None
     """Also track the run in this Weights & Biases project; without a key, offline."""
+    group: str | None = None
+    """Group of runs there that this one belongs to."""
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is loaded or written.
@@ -138,22 +141,28 @@ class RunJournal:
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
         self.lines = 0
+        self.clock = TrainingClock(backbone.device)
         self.next_validation, self.next_checkpoint = config.validate_every, 0
 
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
         """One line of metrics after so many answered plans."""
         self.folder.log(queries=queries, **metrics)
+        self.folder.log_timing(queries=queries, **self.clock.read())
         self.lines += 1
         self.tracker.log(queries, metrics)
 
     def validate(self, queries: int, controller: Controller) -> None:
         """A line with accuracy and FLOPs on the validation split at each budget."""
+        self.clock.pause()
         training = controller.training
         planner = planner_of(controller, self.backbone, self.name)
-        records = evaluate(planner, self.backbone, self.validation, self.config.test_budgets, progress=False)
+        budgets = self.config.test_budgets
+        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
+        records = [outcome.record for outcome in found]
         controller.train(training)
         kept = ("accuracy", "llm_flops_ratio", "budget_violations")
         self.write(queries, {"validation": {str(r["budget"]): {name: r[name] for name in kept} for r in records}})
+        self.clock.go_on()
 
     def due_validation(self, queries: int) -> bool:
         """Whether one is due; asking settles it."""
@@ -181,6 +190,8 @@ class RunJournal:
         self.lines = state["lines"]
         self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
         self.folder.truncate_metrics(self.lines)
+        timing = self.folder.timing()
+        self.clock.seconds = timing[-1]["seconds"] if timing else 0.0
 
 
 def conclude(
@@ -206,10 +217,14 @@ def conclude(
     ]
     records: list[Record] = []
     for planner in planners:
-        records += evaluate(planner, backbone, bank, config.test_budgets, config.seed)
+        found, gaps = outcomes_met(planner, backbone, bank, config.test_budgets, config.seed)
+        records += [outcome.record for outcome in found]
+        for reason in gaps.values():
+            print(f"{planner.name} left out: {reason}")
     folder.write_result(records)
     report.plot_tradeoff(records, folder.path / "tradeoff.png")
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
     print(report.table(records))
-    print(f"\nrun folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")
+    print(f"\n{throughput(folder.timing())}")
+    print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,39 @@ def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
 
 
 def evaluate(
+    planner: Planner, backbone: Backbone, bank: EncodingBank, budgets: Sequence[float], seed: int = 0, **options: Any
+) -> list[Record]:
+    """The records of ``outcomes``."""
+    return [outcome.record for outcome in outcomes(planner, backbone, bank, budgets, seed, **options)]
+
+
+def outcomes_met(
+    planner: Planner, backbone: Backbone, bank: EncodingBank, budgets: Sequence[float], seed: int = 0, **options: Any
+) -> tuple[list[Outcome], dict[float, str]]:
+    """``outcomes`` at the budgets that the planner can meet, and by other budget why it cannot."""
+    found, gaps = [], {}
+    for budget in check_budgets(budgets) if planner.budgeted else (1.0,):
+        try:
+            found += outcomes(planner, backbone, bank, (budget,), seed, **options)
+        except InputError as error:
+            gaps[budget] = str(error)
+    return found, gaps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a planner did at one budget.
+
+    Attributes:
+        record: means over the queries.
+        columns: by name, (queries,) what it did for each.
+    """
+
+    record: Record
+    columns: Columns
+
+
+def outcomes(
     planner: Planner,
     backbone: Backbone,
     bank: EncodingBank,
@@ -52,8 +86,8 @@ def evaluate(
     batch_size: int = 256,
     max_new_tokens: int = 1,
     progress: bool = True,
-) -> list[Record]:
-    """One record per budget, over all queries of the bank but those that fail; these are reported and counted.
+) -> list[Outcome]:
+    """One outcome per budget, over all queries of the bank but those that fail; these are reported and counted.
 
     Args:
         planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
@@ -86,7 +120,11 @@ def evaluate(
     head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
     head |= {"seed": seed, "failed": len(bank.failed)}
     head |= notes_of(planner)
-    return [{**head, "budget": budget, **_summarise(parts)} for budget, parts in zip(budgets, measured, strict=True)]
+    found = []
+    for budget, parts in zip(budgets, measured, strict=True):
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found.append(Outcome({**head, "budget": budget, **_summarise(columns)}, columns))
+    return found
 
 
 def _measure(planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int) -> Columns:
@@ -120,13 +158,12 @@ def _plan(planner: Planner, encoding: Encoding, budgets_B: Tensor) -> tuple[Mask
     return masks, {"budget": shares_B, "predicted_ms": predicted_B, "violations": predicted_B > planner.milliseconds}
 
 
-def _summarise(parts: list[Columns]) -> Record:
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    accuracy, violations = columns["accuracy"], columns.pop("violations")
+def _summarise(columns: Columns) -> Record:
+    accuracy, violations = columns["accuracy"], columns["violations"]
     error = accuracy.std(ddof=1) / math.sqrt(len(accuracy)) if len(accuracy) > 1 else 0.0
     return {
         "n": len(accuracy),
         "accuracy_stderr": float(error),
         "budget_violations": int(violations.sum()),
-        **{name: float(column.mean()) for name, column in columns.items()},
+        **{name: float(column.mean()) for name, column in columns.items() if name != "violations"},
     }

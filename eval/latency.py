@@ -133,7 +133,7 @@ def measure(
         ]
     counted = [taken for one_round in rounds[warm_up:] for taken in one_round]
     spreads = {name: Spread.of([taken[name] for taken in counted]) for name in PARTS}
-    return Latency(**spreads, peak_memory_bytes=_peak(backbone.device))
+    return Latency(**spreads, peak_memory_bytes=peak_bytes(backbone.device))
 
 
 @contextmanager
@@ -213,7 +213,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The most memory used: on CUDA since the last reset, on the CPU by the process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS says it in bytes, Linux in KiB

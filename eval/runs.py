@@ -19,12 +19,14 @@ from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
-NOT_OF_RUN = ("out", "resume", "wandb", "device")
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+
+NOT_OF_RUN = ("out", "resume", "wandb", "group", "device")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
 
 class RunFolder:
-    """The folder of one run: ``config.yaml, command.txt, environment.json, metrics.jsonl, result.json``.
+    """The folder of one run: ``config.yaml, command.txt, environment.json, metrics.jsonl, timing.jsonl, result.json``.
 
     Args:
         path: the folder.
@@ -97,22 +99,37 @@ class RunFolder:
 
     def log(self, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._append(METRICS, metrics)
+
+    def log_timing(self, **timing: Any) -> None:
+        """Append one line to ``timing.jsonl``: what differs from run to run of the same seed."""
+        self._append(TIMING, timing)
 
     def metrics(self) -> list[dict[str, Any]]:
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return self._lines(METRICS)
+
+    def timing(self) -> list[dict[str, Any]]:
+        return self._lines(TIMING)
 
     def truncate_metrics(self, keep: int) -> None:
-        """Drop the lines that a killed run wrote after its last checkpoint."""
-        lines = [json.dumps(line) + "\n" for line in self.metrics()[:keep]]
-        write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+        """Drop the lines, of metrics and timing, that a killed run wrote after its last checkpoint."""
+        for name in (METRICS, TIMING):
+            self._rewrite(name, self._lines(name)[:keep])
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the lines of later steps than the one that a run resumes from."""
-        lines = [json.dumps(line) + "\n" for line in self.metrics() if line.get("step", 0) <= step]
-        write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+        self._rewrite(METRICS, [line for line in self.metrics() if line.get("step", 0) <= step])
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        file = self.path / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write_result(self, records: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())

@@ -15,9 +15,10 @@ class Tracker:
         project: wandb project; None switches tracking off.
         folder: where wandb may write.
         config: the run's options.
+        group: what ties runs together there.
     """
 
-    def __init__(self, project: str | None, folder: Path, config: dict[str, Any]):
+    def __init__(self, project: str | None, folder: Path, config: dict[str, Any], group: str | None = None):
         self.run: Any = None
         if project is None:
             return
@@ -28,7 +29,13 @@ class Tracker:
         settings = wandb.Settings(silent=True, init_timeout=20)
         try:
             self.run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config=config, mode=mode, settings=settings
+                project=project,
+                group=group,
+                name=folder.name,
+                dir=str(folder),
+                config=config,
+                mode=mode,
+                settings=settings,
             )
         except Exception as error:  # no network, a bad key: the run goes on without tracking
             print(f"wandb is not available ({error}); going on without it", file=sys.stderr)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+from tqdm import tqdm
 
-from backbones import EncodingBank
+from backbones import Backbone, EncodingBank
 from envs import load_queries
 from eval import cli, report
 from eval.evaluate import Record, check_budgets, evaluate
 from eval.policies import load_planners, split_variants
 
-GRID = Path(__file__).parent.parent / "configs" / "tuning-grid.txt"
+GRID = Path(__file__).parent / "tuning-grid.txt"
 
 
 @dataclass
@@ -56,18 +57,35 @@ class Tune(cli.Placement):
         policies = self.policies or read_grid(self.grid)
         backbone, queries = self.load(self.backbone), load_queries(self.data, self.split)
         bank = EncodingBank(backbone, queries if self.limit is None else queries.spread(self.limit))
-        records: dict[str, list[Record]] = {}
-        for policy in policies:
-            records[policy] = []
-            try:
-                for planner in load_planners([policy], backbone, self.seed, keep=self.keep):
-                    records[policy] += evaluate(planner, backbone, bank, self.budgets, self.seed)
-            except cli.InputError as error:  # a setting that this backbone or budget does not allow is no candidate
-                print(f"{policy} is left out: {error}")
+        records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed)
+        for policy, reason in left_out.items():
+            print(f"{policy} is left out: {reason}")
         print(report.table([record for own in records.values() for record in own]))
         best = best_settings(records)
         print(f"best: {shlex.join(['python', '-m', 'eval', 'run', *best.values(), '--data', self.data])}")
         cli.write_json(self.json, [{"best": best, "records": records}])
+
+
+def evaluate_settings(
+    policies: Sequence[str],
+    backbone: Backbone,
+    bank: EncodingBank,
+    budgets: Sequence[float],
+    keep: Sequence[float] = (),
+    seed: int = 0,
+) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """Records by setting, and why settings have fewer than the others: this backbone, or a budget, does not allow
+    them."""
+    records: dict[str, list[Record]] = {}
+    left_out = {}
+    for policy in tqdm(policies, desc="tuning", unit="setting"):
+        records[policy] = []
+        try:
+            for planner in load_planners([policy], backbone, seed, keep=keep):
+                records[policy] += evaluate(planner, backbone, bank, budgets, seed, progress=False)
+        except cli.InputError as error:
+            left_out[policy] = str(error)
+    return records, left_out
 
 
 def read_grid(path: Path) -> list[str]:
@@ -85,7 +103,7 @@ def read_grid(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def best_settings(records: dict[str, Sequence[Record]] | dict[str, list[Record]]) -> dict[str, str]:
+def best_settings(records: Mapping[str, Sequence[Record]]) -> dict[str, str]:
     """By baseline, the setting with the highest mean accuracy among those evaluated everywhere."""
     most: dict[str, int] = {}
     for policy, own in records.items():

@@ -34,13 +34,16 @@ class AdaLlavaLearner:
     def least_share(self, prompts: Encoding) -> Tensor:
         return self.planner.least_share(prompts)
 
+    @torch.no_grad()
+    def soft_flops(self, prompts: Encoding, budgets_B: Tensor) -> Tensor:
+        return self._flops(prompts, self.planner.units(prompts, budgets_B))
+
     def losses(self, batch: RelaxedBatch, progress: float) -> dict[str, Tensor]:
         """As ``Learner`` has them; the price of the plans is met exactly, so there is no loss for it."""
         planner, backbone, scheduler = self.planner, self.planner.backbone, self.planner.scheduler
         with torch.no_grad():
             units_B = planner.units(batch.prompts, batch.budgets_B)
-            cost = backbone.cost(batch.prompts, planner.plan_units(batch.prompts, units_B), scheduler.flops())
-            spent_B = cost.llm / backbone.full_llm_flops(batch.prompts)
+            spent_B = self._flops(batch.prompts, units_B) / backbone.full_llm_flops(batch.prompts)
         answered = _with_token(batch, scheduler.token(units_B))
         everything = Gates.of(backbone.full(answered))
 
@@ -53,6 +56,10 @@ class AdaLlavaLearner:
         losses_T = F.cross_entropy(logits_TV, answer_targets(backbone, batch.answers), reduction="none")
         answer = losses_T.sum() / len(batch.answers)
         return {"answer": answer, "soft_flops": spent_B.mean(), "log_likelihood": -answer.detach()}
+
+    def _flops(self, prompts: Encoding, units_B: Tensor) -> Tensor:
+        plans = self.planner.plan_units(prompts, units_B)
+        return self.planner.backbone.cost(prompts, plans, self.planner.scheduler.flops()).llm
 
 
 def _with_token(batch: RelaxedBatch, token_BD: Tensor) -> Encoding:

@@ -39,6 +39,10 @@ class Learner(Protocol):
         """(B,) float64: the smallest budgets for which there is a plan."""
         ...
 
+    def soft_flops(self, prompts: Encoding, budgets_B: Tensor) -> Tensor:
+        """(B,) FLOPs of the relaxed plans at the end of the training, the controller's included."""
+        ...
+
     def losses(self, batch: RelaxedBatch, progress: float) -> dict[str, Tensor]:
         """Parts of a batch's loss, after a share of the training: ``answer``, ``cost``, ``distillation``, as far as it
         has them; and, beside them, without gradient, ``soft_flops``: the share of the full FLOPs that the relaxed plans
@@ -139,6 +143,11 @@ class RelaxedLearner:
     def least_share(self, prompts: Encoding) -> Tensor:
         flops_B = self.decider.controller_flops(prompts)
         return least_share(self.decider.backbone, prompts, flops_B, self.decider.axes)
+
+    @torch.no_grad()
+    def soft_flops(self, prompts: Encoding, budgets_B: Tensor) -> Tensor:
+        relaxed = relax(self.settings, self.decider, prompts, budgets_B, progress=1.0)
+        return relaxed.flops(self.decider, prompts)
 
     def losses(self, batch: RelaxedBatch, progress: float) -> dict[str, Tensor]:
         settings, decider, backbone = self.settings, self.decider, self.decider.backbone

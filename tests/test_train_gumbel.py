@@ -37,14 +37,19 @@ def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, 
     adallava = estimator.startswith("adallava")
     train(monkeypatch, place, tmp_path / "run", "--estimator", estimator, "--distillation", 0 if adallava else 0.5)
     files = (
-        "config.yaml command.txt environment.json metrics.jsonl result.json controller.safetensors controller.json "
-        "checkpoints tradeoff.png training.png"
+        "config.yaml command.txt environment.json metrics.jsonl timing.jsonl result.json controller.safetensors "
+        "controller.json checkpoints tradeoff.png training.png"
     )
     assert set(files.split()) == {path.name for path in (tmp_path / "run").iterdir()}
     records = json.loads((tmp_path / "run" / "result.json").read_text())
     assert [(record["policy"], record["budget"]) for record in records][3:] == [(estimator, 0.6), (estimator, 1.0)]
     assert all(record["budget_violations"] == 0 for record in records)
-    assert f"| {estimator} " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| {estimator} " in printed and "queries/s in training, peak memory" in printed
+    gap = [line.split("|")[2:4] for line in printed.splitlines() if line.startswith(("| 0.60 ", "| 1.00 "))]
+    assert len(gap) == 2 and all(
+        float(executed) <= budget for (_, executed), budget in zip(gap, (60, 100), strict=True)
+    )
     logged = lines(tmp_path / "run")
     assert [line["queries"] for line in logged if "validation" in line] == [128, 256]
     parts = {"answer", "soft_flops", "reward"} | ({"cost"} if estimator == "gumbel" else set())

@@ -27,8 +27,8 @@ def lines(out):
 def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, capsys):
     train(monkeypatch, place, tmp_path / "run")
     files = (
-        "config.yaml command.txt environment.json metrics.jsonl result.json controller.safetensors controller.json "
-        "checkpoints tradeoff.png training.png"
+        "config.yaml command.txt environment.json metrics.jsonl timing.jsonl result.json controller.safetensors "
+        "controller.json checkpoints tradeoff.png training.png"
     )
     assert set(files.split()) == {path.name for path in (tmp_path / "run").iterdir()}
     records = json.loads((tmp_path / "run" / "result.json").read_text())

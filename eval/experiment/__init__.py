@@ -1,0 +1,1 @@
+"""The three experiments: what is compared, training what is missing, and the report."""

@@ -1,0 +1,156 @@
+"""The cells of an experiment, one for each arm and seed: trained and evaluated if they are not there yet."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbones import Backbone, EncodingBank
+from eval.evaluate import Record, outcomes_met
+from eval.experiment.arms import Arm
+from eval.policies import load_planner
+from eval.runs import RunFolder, write_atomically
+from eval.timing import add_timing, first_queries
+
+RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"
+KEPT_COLUMNS = ("accuracy", "llm_flops_ratio")
+"""What is kept of every single query."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed.
+
+    Attributes:
+        arm: what is trained and evaluated.
+        seed: of both.
+        folder: where its files are.
+    """
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """The folder of its training."""
+        return self.folder / "run"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / RECORDS).is_file()
+
+    @property
+    def trained(self) -> bool:
+        return (self.run / "result.json").is_file()
+
+    def records(self) -> list[Record]:
+        """What was measured, a record a budget; a budget that it cannot meet has a ``gap`` that says why."""
+        return json.loads((self.folder / RECORDS).read_text())
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,)."""
+        with np.load(self.folder / OUTCOMES, allow_pickle=False) as file:
+            return dict(file)
+
+    def failure(self) -> str | None:
+        """Why it could not be measured, if it could not."""
+        file = self.folder / FAILURE
+        return file.read_text().strip() if file.is_file() else None
+
+
+def lay_out(folder: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Cell]:
+    """The cells of an experiment, those that others need first."""
+    ordered = sorted(arms, key=lambda arm: len(arm.needs(arms)))
+    return [
+        Cell(arm, seed, folder / "cells" / arm.name.replace(" ", "-").replace(",", "") / f"seed-{seed}")
+        for seed in seeds
+        for arm in ordered
+        if arm.seeded or seed == seeds[0]
+    ]
+
+
+def fill(text: str, cell: Cell, cells: Sequence[Cell]) -> str:
+    """A policy or option with the folders of runs in place of their stand-ins."""
+    runs = {other.arm.name: str(other.run) for other in cells if other.seed == cell.seed}
+    for name, run in runs.items():
+        text = text.replace(f"{{{name}}}", run)
+    return text.replace("{}", str(cell.run))
+
+
+def train(cell: Cell, cells: Sequence[Cell], shared: Sequence[str]) -> None:
+    """Train the cell's run in a process of its own, or finish it.
+
+    Args:
+        cell: with a script.
+        cells: of the experiment, for runs that it starts from.
+        shared: options that all trainings of the experiment have.
+
+    Raises:
+        RuntimeError: a training that ends with an error; the message is its last line.
+    """
+    options = [fill(option, cell, cells) for option in cell.arm.options]
+    again = ["--resume"] if RunFolder(cell.run).is_run() else []
+    command = [sys.executable, "-m", str(cell.arm.script), *options, *shared, *again]
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [*command, "--seed", str(cell.seed), "--out", str(cell.run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+        raise RuntimeError(lines[-1].removeprefix("error: "))
+
+
+def measure(
+    cell: Cell,
+    cells: Sequence[Cell],
+    backbone: Backbone,
+    bank: EncodingBank,
+    budgets: Sequence[float],
+    timing: int = 0,
+) -> None:
+    """Evaluate the cell's policy, budget by budget, and write what it did.
+
+    Args:
+        cell: trained, if it has to be.
+        cells: of the experiment, for policies that use other runs.
+        backbone: answers.
+        bank: the test queries.
+        budgets: shares of the full plan's LLM FLOPs.
+        timing: queries to time one by one.
+    """
+    planner = load_planner(fill(cell.arm.policy, cell, cells), backbone, cell.seed)
+    records: list[Record] = []
+    columns: dict[str, np.ndarray] = {}
+    head: Record = {"arm": cell.arm.name, "seed": cell.seed}
+    found, gaps = outcomes_met(planner, backbone, bank, budgets, cell.seed, progress=False)
+    for outcome in found:
+        if timing:
+            add_timing(planner, backbone, first_queries(bank, timing), [outcome.record])
+        records.append({**outcome.record, **head, "budgeted": planner.budgeted})
+        for name in KEPT_COLUMNS:
+            columns[f"{name}@{outcome.record['budget']:g}"] = outcome.columns[name].astype(np.float32)
+    records += [{**head, "budget": budget, "gap": reason} for budget, reason in gaps.items()]
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / OUTCOMES).open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **columns)
+    write_atomically(cell.folder / RECORDS, (json.dumps(records, indent=2) + "\n").encode())
+
+
+def attempt(cell: Cell, work: Any) -> bool:
+    """Do some work for a cell; a failure is written down, for the other cells to go on."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / FAILURE).unlink(missing_ok=True)
+    try:
+        work()
+    except Exception as error:  # whatever it is, it is this cell's, and the report shows it
+        (cell.folder / FAILURE).write_text(f"{type(error).__name__}: {error}\n")
+        return False
+    return True

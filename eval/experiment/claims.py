@@ -1,0 +1,88 @@
+"""What each experiment is asked, answered from its figures in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from eval.experiment.arms import Arm
+from eval.experiment.statistics import Comparison
+from eval.experiment.summary import ArmResult
+
+LEARNED = {"pruning": ("rl tokens", "gumbel tokens", "soft-topk tokens")}
+
+
+def pairs(experiment: str, arms: Sequence[Arm]) -> list[tuple[str, str]]:
+    """The comparisons that an experiment is about."""
+    names = [arm.name for arm in arms if arm.name != "full"]
+    if experiment == "pruning":
+        ours = LEARNED["pruning"]
+        return [(first, second) for first in ours for second in names if second not in ours]
+    if experiment == "dimensions":
+        joint = [("all three", second) for second in names if second != "all three"]
+        single = [("heads and layers", second) for second in ("heads", "layers")]
+        return joint + single
+    return [("rl", second) for second in names if second != "rl"] + [("soft-topk", "gumbel")]
+
+
+def claims(
+    experiment: str, results: dict[str, ArmResult], found: Sequence[Comparison], budgets: Sequence[float]
+) -> list[str]:
+    """Sentences, each with its figures."""
+    said = [_against_best(first, found, results, budget) for first in _ours(experiment) for budget in budgets]
+    sentences = [sentence for sentence in said if sentence]
+    full = results.get("full")
+    if experiment == "training" and full is not None and full.records:
+        sentences = [*_kept_of_full(results, budgets), *sentences]
+    for name, result in results.items():
+        falls = _falls(result, budgets)
+        if falls:
+            sentences.append(f"{name}: accuracy falls by more than a standard error from budget {falls}.")
+    return sentences
+
+
+def _ours(experiment: str) -> tuple[str, ...]:
+    return {"pruning": LEARNED["pruning"], "dimensions": ("all three",), "training": ("rl",)}[experiment]
+
+
+def _against_best(first: str, found: Sequence[Comparison], results: dict[str, ArmResult], budget: float) -> str | None:
+    """One arm against the best of its rivals at a budget."""
+    rivals = [each for each in found if each.first == first and each.budget == budget]
+    if not rivals:
+        return None
+    hardest = min(rivals, key=lambda each: each.difference.value)
+    ours, theirs = (100 * results[name].mean(budget, "accuracy") for name in (first, hardest.second))
+    words = {"above": "is above", "below": "is below", "no difference shown": "is not shown to differ from"}
+    difference = hardest.difference
+    return (
+        f"At {100 * budget:g} % of the LLM FLOPs {first} ({ours:.1f} %) {words[hardest.verdict]} its best rival, "
+        f"{hardest.second} ({theirs:.1f} %): {100 * difference.value:+.2f} points "
+        f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], p = {hardest.p:.1g}."
+    )
+
+
+def _kept_of_full(results: dict[str, ArmResult], budgets: Sequence[float]) -> list[str]:
+    (full,) = results["full"].records.values()
+    whole = full[0]["accuracy"]
+    if not whole:
+        return ["The full model answers nothing right, so nothing can be kept."]
+    sentences = []
+    for budget in budgets:
+        kept = [
+            f"{name} keeps {100 * results[name].mean(budget, 'accuracy') / whole:.1f} %"
+            for name in ("gumbel", "soft-topk", "rl")
+            if name in results and budget in results[name].records
+        ]
+        if kept:
+            sentences.append(f"At {100 * budget:g} % of the LLM FLOPs {', '.join(kept)} of full accuracy.")
+    return sentences
+
+
+def _falls(result: ArmResult, budgets: Sequence[float]) -> str | None:
+    """Where more budget gives clearly less accuracy."""
+    met = [budget for budget in sorted(budgets) if budget in result.records] if result.records else []
+    for less, more in pairwise(met):
+        error = max(result.mean(less, "accuracy_stderr"), result.mean(more, "accuracy_stderr"))
+        if result.mean(less, "accuracy") - result.mean(more, "accuracy") > error:
+            return f"{less:g} to {more:g}"
+    return None

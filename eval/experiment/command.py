@@ -1,0 +1,157 @@
+"""``python -m eval experiment``: train what is missing, evaluate it, and write the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from backbones import Backbone, EncodingBank
+from envs import load_queries
+from eval import cli
+from eval.evaluate import check_budgets
+from eval.experiment.arms import EXPERIMENTS, TUNED, settings_of
+from eval.experiment.cells import Cell, attempt, lay_out, measure, train
+from eval.experiment.report import Report
+from eval.runs import environment, write_atomically
+from eval.tune import GRID, best_settings, evaluate_settings, read_grid
+
+HEAD = "experiment.json"
+
+
+@dataclass
+class Experiment(cli.Placement):
+    """Run one of the three experiments: train what is missing, evaluate it, write records, tables, plots, report.html.
+
+    What is there is not done again, so an experiment that was stopped goes on where it was. A cell that fails is marked
+    in the report and tried again by the next call; the others go on.
+
+    Example: python -m eval experiment training --data scenes --seeds 0 1 2 --out results/training
+    """
+
+    name: tyro.conf.Positional[Literal["pruning", "dimensions", "training"]]
+    """pruning: learned against static token pruning; dimensions: one, two, three; training: RL against relaxation."""
+    out: Path
+    """Folder of the experiment."""
+    backbone: str = "tiny"
+    """Which VLM."""
+    data: str = "scenes"
+    """Queries: a name, or a path with the columns image, question, answers."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One training an arm for each. More can be added later."""
+    budgets: tuple[float, ...] = (0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
+    """Shares of the full plan's LLM FLOPs, in (0, 1]."""
+    total_queries: int = 60_000
+    """Answered in each training."""
+    test_queries: int | None = None
+    """Use so many of the test split, spread over it; all by default."""
+    tuning_queries: int = 1000
+    """Validation queries on which baselines' options are chosen."""
+    timing: int = 0
+    """Also time so many queries one by one, for the first seed; leave the machine alone meanwhile."""
+    quick: bool = False
+    """A smaller form to look at: one seed, 6,000 queries a training, 500 test queries, 100 for tuning."""
+    wandb: str | None = None
+    """Also track trainings in this Weights & Biases project, in one group."""
+
+    def __post_init__(self) -> None:
+        if self.quick:
+            self.seeds, self.total_queries = self.seeds[:1], min(self.total_queries, 6000)
+            self.test_queries, self.tuning_queries = min(self.test_queries or 500, 500), min(self.tuning_queries, 100)
+
+    def run(self) -> None:
+        self._check()
+        backbone = self.load(self.backbone)
+        tuned = self._tune(backbone)
+        arms = EXPERIMENTS[self.name](tuned)
+        cells = lay_out(self.out, arms, self.seeds)
+        queries = load_queries(self.data, "test")
+        queries = queries.spread(self.test_queries or len(queries))
+        bank = EncodingBank(backbone, queries)
+        with tqdm(cells, desc=self.name, unit="cell") as bar:
+            for cell in bar:
+                bar.set_postfix_str(f"{cell.arm.name}, seed {cell.seed}")
+                if not cell.done:
+                    attempt(cell, partial(self._work, cell, cells, backbone, bank))
+        report = Report(self.name, self.out, cells, self.seeds, self.budgets, backbone, queries)
+        report.write()
+        print(report.text())
+        print(f"report: {self.out / 'report.html'}")
+
+    def _check(self) -> None:
+        check_budgets(self.budgets)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise cli.InputError(f"--seeds {' '.join(map(str, self.seeds))}: give one or more, each once")
+        if len(self.budgets) < 2 or len(set(self.budgets)) != len(self.budgets):
+            raise cli.InputError("--budgets: give two or more, each once")
+        self.budgets = tuple(sorted(self.budgets))
+        for option in ("total_queries", "tuning_queries"):
+            if getattr(self, option) < 1:
+                raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
+        own = ("name", "backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
+        head = json.loads(json.dumps({option: getattr(self, option) for option in own}))
+        head["maskgym"] = environment()["maskgym"]
+        file = self.out / HEAD
+        if self.out.exists() and not self.out.is_dir():
+            raise cli.InputError(f"--out {str(self.out)!r} is a file; name a folder")
+        if self.out.exists() and any(self.out.iterdir()) and not file.is_file():
+            raise cli.InputError(f"--out {str(self.out)!r} holds something that is no experiment; choose another")
+        if file.is_file():
+            begun = read_head(file)
+            changed = [option for option in head if begun.get(option) != head[option]]
+            if changed:
+                raise cli.InputError(
+                    f"--out {str(self.out)!r} was begun with {changed[0]} {begun.get(changed[0])!r}, now "
+                    f"{head[changed[0]]!r}; go on with the same, or choose another folder"
+                )
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(head, indent=2) + "\n").encode())
+
+    def _tune(self, backbone: Backbone) -> dict[str, str]:
+        """By baseline, the setting that is best on validation queries."""
+        file = self.out / "tuning.json"
+        if not TUNED[self.name]:
+            return {}
+        if not file.is_file():
+            bank = EncodingBank(backbone, load_queries(self.data, "validation").spread(self.tuning_queries))
+            settings = settings_of(TUNED[self.name], read_grid(GRID))
+            records, left_out = evaluate_settings(settings, backbone, bank, self.budgets)
+            found = {"best": best_settings(records), "left_out": left_out, "records": records}
+            write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
+        return json.loads(file.read_text())["best"]
+
+    def _work(self, cell: Cell, cells: Sequence[Cell], backbone: Backbone, bank: EncodingBank) -> None:
+        if cell.arm.script is not None and not cell.trained:
+            train(cell, cells, self._training_options())
+        timing = self.timing if cell.seed == self.seeds[0] else 0
+        measure(cell, cells, backbone, bank, self.budgets, timing)
+
+    def _training_options(self) -> list[str]:
+        every = max(1, self.total_queries // 12)
+        options = ["--backbone", self.backbone, "--data", self.data, "--total-queries", str(self.total_queries)]
+        options += ["--validate-every", str(every), "--checkpoint-every", str(every), "--test-queries", "100"]
+        options += ["--test-budgets", *map(str, self.budgets), "--device", self.device, "--dtype", self.dtype]
+        if self.wandb is not None:
+            options += ["--wandb", self.wandb, "--group", f"{self.name}-{self.out.name}"]
+        return options
+
+
+def read_head(file: Path) -> dict[str, Any]:
+    """What an experiment was begun with.
+
+    Raises:
+        InputError: an unreadable file.
+    """
+    try:
+        head = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise cli.InputError(f"{str(file)!r} cannot be read ({error}); choose another --out") from error
+    if not isinstance(head, dict):
+        raise cli.InputError(f"{str(file)!r} must hold an object; choose another --out")
+    return head

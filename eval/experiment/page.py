@@ -1,0 +1,69 @@
+"""``report.html``: an experiment on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from eval.experiment.summary import Table
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what it shows in words."""
+
+    path: Path
+    caption: str
+
+    @property
+    def data(self) -> str:
+        """The file as a data URL."""
+        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
+
+
+def write_page(
+    path: Path,
+    title: str,
+    question: str,
+    claims: Sequence[str],
+    tables: Sequence[Table],
+    pictures: Sequence[Picture],
+    gallery: Sequence[Picture],
+    missing: Sequence[tuple[str, str]],
+    facts: Mapping[str, Any],
+    commands: Sequence[str],
+) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        title: of the experiment.
+        question: what it asks.
+        claims: its answers in words.
+        tables: with notes.
+        pictures: plots.
+        gallery: what was kept of some queries.
+        missing: cells without figures, and why.
+        facts: versions, machine, data.
+        commands: that made it.
+    """
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        title=title,
+        question=question,
+        claims=claims,
+        tables=tables,
+        pictures=pictures,
+        gallery=gallery,
+        missing=missing,
+        facts=facts,
+        commands=commands,
+    )
+    path.write_text(page)

@@ -1,0 +1,184 @@
+"""The report of an experiment: what its cells say, written as Markdown, CSV, plots and a page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from backbones import Backbone, EncodingBank
+from envs.queries import DatasetQueries
+from envs.scoring import score
+from eval.experiment.cells import Cell, fill
+from eval.experiment.claims import claims, pairs
+from eval.experiment.page import Picture, write_page
+from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff
+from eval.experiment.summary import (
+    accuracy_table,
+    collect,
+    comparison_table,
+    comparisons,
+    convergence_table,
+    cost_table,
+    estimates,
+    middle_table,
+)
+from eval.latency import device_name
+from eval.policies import load_planner
+from eval.runs import environment, write_atomically
+from policies.baselines import Planner
+
+QUESTIONS = {
+    "pruning": "Does a controller that learns which visual tokens to keep beat static token pruning at equal cost?",
+    "dimensions": "Do tokens, heads and layers together beat any two, and any one, of them at equal cost?",
+    "training": "Is policy-gradient training better than relaxation for the same controller?",
+}
+GALLERY_ARMS, GALLERY_QUERIES = 8, 6
+
+
+class Report:
+    """Tables, pictures and page of an experiment's cells.
+
+    Args:
+        name: of the experiment.
+        folder: where to write.
+        cells: measured or not.
+        seeds: of the trainings.
+        budgets: in rising order.
+        backbone: plans and answers the gallery's queries.
+        queries: of the test split.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        cells: Sequence[Cell],
+        seeds: Sequence[int],
+        budgets: Sequence[float],
+        backbone: Backbone,
+        queries: DatasetQueries,
+    ):
+        self.name, self.folder, self.cells, self.budgets = name, folder, cells, budgets
+        self.backbone, self.queries = backbone, queries
+        self.results = collect(cells)
+        arms = [cell.arm for cell in cells if cell.seed == seeds[0]]
+        self.found = estimates(self.results, queries.kinds)
+        compared = comparisons(self.results, pairs(name, arms), budgets)
+        tables = [
+            accuracy_table(self.results, self.found, budgets),
+            middle_table(self.results, self.found, budgets),
+            comparison_table(compared),
+            cost_table(self.results),
+            convergence_table(self.results),
+        ]
+        self.tables = [table for table in tables if len(table.rows) > 1]
+        self.claims = claims(name, self.results, compared, budgets)
+        self.missing = [
+            *(
+                (f"{result.name}, seed {seed}", why)
+                for result in self.results.values()
+                for seed, why in result.failures.items()
+            ),
+            *(
+                (f"{result.name} at {budget:g}", why)
+                for result in self.results.values()
+                for budget, why in result.gaps.items()
+            ),
+        ]
+        self.facts = {
+            "data": f"{queries.name}, test split, n = {len(queries):,}",
+            "seeds": ", ".join(map(str, seeds)),
+            "machine": device_name(backbone.device),
+            **environment(),
+        }
+
+    def text(self) -> str:
+        """Claims and tables as Markdown."""
+        said = "\n".join(f"- {claim}" for claim in self.claims)
+        missing = "".join(f"\nWithout figures: {name}: {why}" for name, why in self.missing)
+        return f"{said}\n{missing}\n\n" + "\n".join(table.markdown() for table in self.tables)
+
+    def write(self) -> None:
+        folder, title = self.folder, f"Experiment: {self.name}"
+        write_atomically(folder / "tables.md", f"# {title}\n\n{self.text()}".encode())
+        for table in self.tables:
+            write_atomically(folder / f"{table.title.split()[0].lower()}.csv", table.csv().encode())
+        write_page(
+            folder / "report.html",
+            title,
+            QUESTIONS[self.name],
+            self.claims,
+            self.tables,
+            self._pictures(),
+            self._gallery(),
+            self.missing,
+            self.facts,
+            self._commands(),
+        )
+
+    def _pictures(self) -> list[Picture]:
+        if not any(result.records for result in self.results.values()):
+            return []
+        seeds = len({cell.seed for cell in self.cells})
+        title = f"{self.backbone.name} on {self.queries.name} (test, n = {len(self.queries):,}, seeds: {seeds})"
+        pictures = []
+        for name, words in (("llm_flops_ratio", "LLM"), ("total_flops_ratio", "total")):
+            path = draw_tradeoff(self.results, self.found, name, title, self.folder)
+            caption = f"Accuracy over {words} FLOPs. Bars: 95 % stratified-bootstrap intervals over seeds."
+            pictures.append(Picture(path, caption))
+        pictures.append(Picture(draw_adherence(self.results, self.folder), "What plans spend of what they may."))
+        learning = draw_learning(self.results, self.folder)
+        if learning is not None:
+            pictures.append(Picture(learning, "Validation accuracy in training, a line a seed."))
+        return pictures
+
+    def _gallery(self) -> list[Picture]:
+        """What the budgeted arms kept for some queries at three budgets."""
+        budgets = [self.budgets[0], self.budgets[len(self.budgets) // 2], self.budgets[-1]]
+        measured = [result for result in self.results.values() if result.records and result.budgeted]
+        cells = [result.cells[0] for result in measured[-GALLERY_ARMS:]]
+        picked = self.queries.spread(GALLERY_QUERIES)
+        bank = EncodingBank(self.backbone, picked)
+        shown: list[dict[str, dict[float, Shown]]] = [{} for _ in range(len(picked))]
+        for cell in cells:
+            planner = load_planner(fill(cell.arm.policy, cell, self.cells), self.backbone, cell.seed)
+            met = {record["budget"] for record in cell.records() if "gap" not in record}
+            for budget in (budget for budget in budgets if budget in met):
+                for number, each in enumerate(self._show(planner, bank, budget)):
+                    shown[number].setdefault(cell.arm.name, {})[budget] = each
+        pictures = []
+        for number, own_shown in enumerate(shown):
+            if own_shown:
+                query = picked[number]
+                path = draw_gallery(query.image, query.question, own_shown, self.folder, f"kept-{number}")
+                pictures.append(Picture(path, f"What was kept for: {query.question}"))
+        return pictures
+
+    def _show(self, planner: Planner, bank: EncodingBank, budget: float) -> list[Shown]:
+        """What a planner keeps for every query of a small bank."""
+        encoding = bank.gather(range(len(bank)))
+        budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=self.backbone.device)
+        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B))
+        rows = []
+        for row in range(len(encoding)):
+            valid_N = encoding.visual_valid_BN[row].cpu().numpy()
+            right = score(answers.texts[row], encoding.answers[row]) > 0.5
+            tokens_N = answers.masks.tokens[row].cpu().numpy()[valid_N]
+            heads_LH = answers.masks.effective_heads[row].cpu().numpy()
+            rows.append(Shown(tokens_N, heads_LH, answers.texts[row], right))
+        return rows
+
+    def _commands(self) -> list[str]:
+        commands: Mapping[str, None] = dict.fromkeys(
+            [shlex.join(["python", "-m", "eval", *sys.argv[1:]])]
+            + [
+                (cell.run / "command.txt").read_text().strip()
+                for cell in self.cells
+                if (cell.run / "command.txt").is_file()
+            ]
+        )
+        return list(commands)
