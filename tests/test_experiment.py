@@ -67,10 +67,8 @@ def test_everything_that_is_promised_is_there(done):
     assert set(files.split()) | {f"{name}.{kind}" for name in pictures.split() for kind in ("png", "svg")} <= names
     assert "kept-0.png" in names
     text = (done / "tables.md").read_text()
-    assert (
-        "At 100 % of the LLM FLOPs gumbel keeps 100.0 %, rl keeps 100.0 % of full accuracy." in text
-        and "Paired comparisons" in text
-    )
+    assert re.search(r"At 60 % of the LLM FLOPs gumbel keeps \d+\.\d %, rl keeps \d+\.\d % of full accuracy\.", text)
+    assert "### Paired comparisons" in text
     assert "Without figures: random at 0.1:" in text, "a budget that cannot be met is a gap with its reason"
     page = (done / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "http" not in page.replace("http-equiv", "")

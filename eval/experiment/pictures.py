@@ -134,7 +134,7 @@ def draw_gallery(
         figure, grid = plt.subplots(
             len(shown),
             2 * len(budgets),
-            figsize=(2.5 * len(budgets), 1.5 * len(shown) + 0.4),
+            figsize=(2.6 * len(budgets), 1.3 * len(shown) + 0.4),
             layout="constrained",
             squeeze=False,
         )

@@ -124,7 +124,8 @@ class Report:
         if not any(result.records for result in self.results.values()):
             return []
         seeds = len({cell.seed for cell in self.cells})
-        title = f"{self.backbone.name} on {self.queries.name} (test, n = {len(self.queries):,}, seeds: {seeds})"
+        backbone, data = (Path(name).name for name in (self.backbone.name, self.queries.name))
+        title = f"{backbone} on {data} (test, n = {len(self.queries):,}, seeds: {seeds})"
         pictures = []
         for name, words in (("llm_flops_ratio", "LLM"), ("total_flops_ratio", "total")):
             path = draw_tradeoff(self.results, self.found, name, title, self.folder)
