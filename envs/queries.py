@@ -49,6 +49,7 @@ class DatasetQueries:
         has_ids = "id" in dataset.column_names
         self._ids = [str(id) for id in dataset["id"]] if has_ids else [str(row) for row in range(len(dataset))]
         self.kinds = [str(kind) for kind in dataset["type"]] if "type" in dataset.column_names else None
+        self.patches = list(dataset["patches"]) if "patches" in dataset.column_names else None
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -93,6 +94,7 @@ class DatasetQueries:
         part._images = self._images.select(range(len(self))[rows])
         part._questions, part._answers, part._ids = self._questions[rows], self._answers[rows], self._ids[rows]
         part.kinds = None if self.kinds is None else self.kinds[rows]
+        part.patches = None if self.patches is None else self.patches[rows]
         return part
 
     def _stored_image(self, number: int) -> dict[str, Any]:

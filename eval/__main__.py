@@ -13,6 +13,7 @@ from tqdm import tqdm
 from backbones import EncodingBank
 from envs import load_queries
 from eval import cli, elasticity, gradients, report
+from eval.audit import Audit
 from eval.bench import bench, bench_table
 from eval.evaluate import Record, check_budgets, evaluate
 from eval.experiment.command import Experiment
@@ -270,6 +271,7 @@ Command = (
     | Annotated[SearchStatic, tyro.conf.subcommand("search-static")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
 
 
