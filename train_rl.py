@@ -1,17 +1,18 @@
-"""Train the two-level controller by PPO, evaluate it on the test split, and write a run folder."""
+"""Train the two-level controller by PPO (or A2C), evaluate it on the test split, and write a run folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from backbones import Backbone
@@ -20,6 +21,7 @@ from envs.sb3_env import info_columns
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
 from eval.runs import RunFolder
+from eval.timing import load_latency_model
 from eval.tracking import Tracker
 from policies.checkpoints import (
     load_checkpoint,
@@ -57,12 +59,19 @@ class RLConfig(ControllerRunConfig):
     one, against the critic."""
     ratios: Literal["joint", "level", "axis", "bit"] = "joint"
     """Which decisions share one probability ratio: the whole plan, each level, each axis, or none."""
+    algo: Literal["ppo", "a2c"] = "ppo"
+    """ppo: several passes over each rollout with clipped ratios; a2c: one gradient step a rollout."""
+    fit: bool = True
+    """Project sampled plans into their budgets before they are executed, as in use. Without it plans may overspend in
+    training, and the reward must make them not: lagrangian, or -2*overspend."""
+    latency_model: Path | None = None
+    """Predicts prefill times for the reward `latency`: a file that python -m eval latency --out wrote here."""
     epochs: int = 4
-    """Passes over a rollout in each update."""
+    """ppo: passes over a rollout in each update."""
     batch_size: int = 256
-    """Transitions in a gradient step."""
+    """ppo: transitions in a gradient step."""
     clip_range: float = 0.2
-    """PPO's clip of the joint probability ratio."""
+    """ppo: clip of the probability ratios."""
     entropy: float = 0.0
     """Weight of the mean entropy per decision."""
 
@@ -75,8 +84,8 @@ class RLConfig(ControllerRunConfig):
             )
 
 
-def build(config: RLConfig) -> tuple[PPO, MaskingVecEnv]:
-    """The environment, and PPO on it with the two-level policy."""
+def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
+    """The environment, and the learner on it with the two-level policy."""
     backbone = config.load(config.backbone)
     sizes = config.sizes(backbone)
     core = MaskingCore(
@@ -85,30 +94,33 @@ def build(config: RLConfig) -> tuple[PPO, MaskingVecEnv]:
         reward=config.reward,
         budgets=config.budgets,
         controller_flops=TwoLevelController(sizes).flops,
+        latency_model=None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
     )
     venv = MaskingVecEnv(core, config.envs, config.plans_per_query)
-    fitted = FittedVecEnv(venv)
-    model = PPO(
-        TwoLevelPolicy,
-        fitted,
-        learning_rate=lambda remaining: config.learning_rate * remaining,
-        n_steps=config.rollout_steps,
-        batch_size=config.batch_size,
-        n_epochs=config.epochs,
-        clip_range=config.clip_range,
-        ent_coef=config.entropy,
-        rollout_buffer_class=GroupRolloutBuffer,
-        rollout_buffer_kwargs={
+    fitted = FittedVecEnv(venv) if config.fit else None
+    common: dict[str, Any] = {
+        "learning_rate": lambda remaining: config.learning_rate * remaining,
+        "n_steps": config.rollout_steps,
+        "ent_coef": config.entropy,
+        "rollout_buffer_class": GroupRolloutBuffer,
+        "rollout_buffer_kwargs": {
             "plans_per_query": config.plans_per_query,
             "ratios": len(ratio_sizes(config.ratios, backbone.layout)),
         },
-        policy_kwargs={"bank": core.bank, "controller": sizes, "ratios": config.ratios},
-        seed=config.seed,
-        device=backbone.device,
-    )
+        "policy_kwargs": {"bank": core.bank, "controller": sizes, "ratios": config.ratios},
+        "seed": config.seed,
+        "device": backbone.device,
+    }
+    model: OnPolicyAlgorithm
+    if config.algo == "a2c":
+        model = A2C(TwoLevelPolicy, fitted or venv, use_rms_prop=False, normalize_advantage=True, **common)
+    else:
+        own = {"batch_size": config.batch_size, "n_epochs": config.epochs, "clip_range": config.clip_range}
+        model = PPO(TwoLevelPolicy, fitted or venv, **own, **common)
     model.set_logger(Logger(folder=None, output_formats=[]))
     assert isinstance(model.policy, TwoLevelPolicy)
-    fitted.policy = model.policy
+    if fitted is not None:
+        fitted.policy = model.policy
     weights = config.initial_weights(backbone, sizes)
     if weights is not None:
         model.policy.controller.load_state_dict(weights)
@@ -193,7 +205,7 @@ class RunCallback(BaseCallback):
         policy = {f"policy.{name}": value for name, value in self.model.policy.state_dict().items()}
         state = {
             "queries": self.num_timesteps,
-            "updates": self.model._n_updates,
+            "updates": self.model._n_updates,  # type: ignore[attr-defined]
             "random": random_rest,
             "environment": self.venv.state(),
             **self.journal.state(),
@@ -202,7 +214,7 @@ class RunCallback(BaseCallback):
         tensors |= {} if self.tuning is None else self.tuning.tensors()
         save_checkpoint(self.journal.folder.checkpoints, self.num_timesteps, tensors, state)
 
-    def restore(self, model: PPO) -> None:
+    def restore(self, model: OnPolicyAlgorithm) -> None:
         """Continue from the run's last checkpoint, if it has one."""
         loaded = load_checkpoint(self.journal.folder.checkpoints)
         if loaded is None:
@@ -214,7 +226,7 @@ class RunCallback(BaseCallback):
         if self.tuning is not None:
             self.tuning.restore(tensors)
         model.num_timesteps = state["queries"]
-        model._n_updates = state["updates"]
+        model._n_updates = state["updates"]  # type: ignore[attr-defined]
         model._last_obs = self.venv.load_state(state["environment"])
         model._last_episode_starts = np.ones(self.venv.num_envs, bool)
         self.journal.load_state(state)

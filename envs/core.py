@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from gymnasium import spaces
@@ -14,9 +15,11 @@ from gymnasium.utils import seeding
 from torch import Tensor
 
 from backbones.backbone import Backbone
-from backbones.encoding import EncodingBank, QuerySource
+from backbones.encoding import Encoding, EncodingBank, QuerySource
 from backbones.errors import InputError
+from backbones.latency_model import LatencyModel
 from backbones.loading import load_backbone
+from backbones.masks import Masks
 from envs.queries import load_queries
 from envs.rewards import Reward, RewardTerms, WeightedReward
 from envs.scoring import reference, score
@@ -47,6 +50,7 @@ class MaskingCore:
         controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
             text tokens.
         max_new_tokens: answers are cut there.
+        latency_model: predicts prefill times, for rewards that ask for them.
 
     Raises:
         InputError: an unknown name or path, a budget outside (0, 1], an unknown kind of observation.
@@ -62,6 +66,7 @@ class MaskingCore:
         observation: str = "id",
         controller_flops: int | Callable[[Tensor], Tensor] = 0,
         max_new_tokens: int = 1,
+        latency_model: LatencyModel | None = None,
     ):
         if len(budgets) != 2 or not 0 < budgets[0] <= budgets[1] <= 1:
             raise InputError(
@@ -76,7 +81,7 @@ class MaskingCore:
         self.budgets = (float(budgets[0]), float(budgets[1]))
         self.observation = observation
         self.controller_flops = controller_flops
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.latency_model = max_new_tokens, latency_model
         self.layout = self.backbone.layout
 
     @property
@@ -159,9 +164,17 @@ class MaskingCore:
             kept_tokens=_array(masks.tokens.sum(1)),
             kept_heads=_array(masks.effective_heads.sum((1, 2))),
             kept_layers=_array(masks.layers.sum(1)),
+            latency=self._latency(encoding, masks),
         )
         parts = {f"flops_{name}": _array(getattr(cost, name)) for name in cost.__dataclass_fields__}
         return Outcome(self.reward(terms, encoding.ids), {**terms.as_dict(), **parts})
+
+    def _latency(self, encoding: Encoding, masks: Masks) -> np.ndarray | None:
+        """(B,) share of the full plan's predicted prefill time."""
+        if self.latency_model is None:
+            return None
+        predict = partial(self.latency_model.predict, self.backbone, encoding)
+        return _array(predict(masks) / predict(self.backbone.full(encoding)))
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -1,18 +1,21 @@
 """Rewards: plain functions from the raw terms of a batch to one number a row.
 
 A reward is chosen by name, by dotted path ``package.module:function``, or as a weighted sum of several, each written
-``WEIGHT*NAME``: ``["accuracy", "-0.2*flops"]``. Your own needs no change here: write the function, name its path.
+``WEIGHT*NAME``: ``["accuracy", "-0.2*flops"]``. Your own needs no change here: write the function, name its path. One
+that remembers gives ``state()`` and takes ``load_state()``, JSON data, so that stopped runs continue exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from backbones.errors import InputError
 from backbones.naming import import_dotted
+from envs.lagrangian import Lagrangian
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class RewardTerms:
         kept_tokens: visual tokens kept.
         kept_heads: head slots computed, over all layers.
         kept_layers: layers run.
+        latency: share of the full plan's prefill time that the plan is predicted to take; None without a latency model.
     """
 
     accuracy: np.ndarray
@@ -36,12 +40,15 @@ class RewardTerms:
     kept_tokens: np.ndarray
     kept_heads: np.ndarray
     kept_layers: np.ndarray
+    latency: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.accuracy)
 
     def as_dict(self) -> dict[str, np.ndarray]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The terms that are known, by name."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: values for name, values in known.items() if values is not None}
 
 
 Reward = Callable[[RewardTerms], np.ndarray]
@@ -67,6 +74,13 @@ def overspend(terms: RewardTerms) -> np.ndarray:
     return np.maximum(terms.flops - terms.budget, 0.0) / terms.budget
 
 
+def latency(terms: RewardTerms) -> np.ndarray:
+    """Predicted share of the full plan's prefill time: a cost, so give it a negative weight. Needs a latency model."""
+    if terms.latency is None:
+        raise ValueError("there is no latency model; calibrate one with `python -m eval latency --out FILE`")
+    return terms.latency
+
+
 def accuracy_flops(terms: RewardTerms) -> np.ndarray:
     """Accuracy minus 0.02 x the share of FLOPs spent: half the FLOPs are worth one point of accuracy."""
     return terms.accuracy - 0.02 * terms.flops
@@ -82,9 +96,13 @@ REWARDS: dict[str, Reward] = {
     "accuracy-flops": accuracy_flops,
     "budget-hinge": budget_hinge,
     "flops": flops,
+    "latency": latency,
     "log-likelihood": log_likelihood,
     "overspend": overspend,
 }
+
+ADAPTIVE: dict[str, Callable[[], Reward]] = {"lagrangian": Lagrangian}
+"""Rewards that change with what they see; each use gets one of its own."""
 
 
 class WeightedReward:
@@ -103,7 +121,8 @@ class WeightedReward:
             return
         specs = [parts] if isinstance(parts, str) else list(parts)
         if not specs:
-            raise InputError(f"no reward given; use one of {', '.join(REWARDS)}, or package.module:function")
+            known = ", ".join([*REWARDS, *ADAPTIVE])
+            raise InputError(f"no reward given; use one of {known}, or package.module:function")
         self.parts = [_parse(spec) for spec in specs]
 
     def __call__(self, terms: RewardTerms, ids: Sequence[str] = ()) -> np.ndarray:
@@ -120,6 +139,16 @@ class WeightedReward:
         for name, weight, function in self.parts:
             total += weight * _evaluate(name, function, terms, ids)
         return total
+
+    def state(self) -> list[Any]:
+        """What a checkpoint keeps of rewards that change: of each part what its ``state()`` gives, or None."""
+        return [function.state() if hasattr(function, "state") else None for _, _, function in self.parts]
+
+    def load_state(self, states: Sequence[Any]) -> None:
+        """Continue from ``state()``, by each part's ``load_state``."""
+        for (_, _, function), state in zip(self.parts, states, strict=True):
+            if state is not None:
+                function.load_state(state)  # type: ignore[attr-defined]
 
 
 def _evaluate(name: str, function: Reward, terms: RewardTerms, ids: Sequence[str]) -> np.ndarray:
@@ -157,6 +186,9 @@ def _parse(spec: str) -> tuple[str, float, Reward]:
         ) from error
     if name in REWARDS:
         return name, weight, REWARDS[name]
+    if name in ADAPTIVE:
+        return name, weight, ADAPTIVE[name]()
     if ":" not in name:
-        raise InputError(f"unknown reward {name!r}; use one of {', '.join(REWARDS)}, or package.module:function")
+        known = ", ".join([*REWARDS, *ADAPTIVE])
+        raise InputError(f"unknown reward {name!r}; use one of {known}, or package.module:function")
     return name, weight, import_dotted(name, f"reward {name!r}", "a function of RewardTerms")

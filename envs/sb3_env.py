@@ -86,6 +86,7 @@ class MaskingVecEnv(VecEnv):
             "numbers": self.slots.numbers.tolist(),
             "budgets": self.slots.budgets.tolist(),
             "generators": [generator.bit_generator.state for generator in self.slots.generators],
+            "reward": self.core.reward.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -93,6 +94,7 @@ class MaskingVecEnv(VecEnv):
         self.slots.seed(0)
         for generator, saved in zip(self.slots.generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
+        self.core.reward.load_state(state["reward"])
         self.slots.numbers = np.array(state["numbers"], np.int64)
         self.slots.budgets = np.array(state["budgets"], np.float32)
         return self.slots.observe()

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,6 +36,35 @@ TERMS = RewardTerms(
 )
 def test_rewards_against_arithmetic(reward, expected):
     assert WeightedReward(reward)(TERMS).tolist() == pytest.approx(expected)
+
+
+def test_a_known_latency_is_a_term_and_an_unknown_one_is_named():
+    with pytest.raises(InputError, match="reward 'latency' raised ValueError: there is no latency model; calibrate"):
+        WeightedReward("latency")(TERMS)
+    timed = replace(TERMS, latency=np.array([0.5, 0.8, 0.3]))
+    assert WeightedReward(["accuracy", "-2*latency"])(timed).tolist() == pytest.approx([0, -1.6, 0.4])
+    assert "latency" in timed.as_dict() and "latency" not in TERMS.as_dict()
+
+
+def test_prices_rise_where_plans_overspend_and_only_there():
+    reward = WeightedReward("lagrangian")
+    over = replace(TERMS, flops=np.array([0.6, 0.6, 0.3]), budget=np.array([0.5, 0.5, 0.9]))
+    first = reward(over)
+    assert first.tolist() == TERMS.accuracy.tolist(), "prices start at nothing"
+    for _ in range(9):
+        last = reward(over)
+    prices = reward.state()[0]["prices"]
+    assert prices[4] == pytest.approx(10 * 0.05 * 0.2) and prices[7] == 0
+    assert last.tolist() == pytest.approx([1 - 0.09 * 0.2, -0.09 * 0.2, 1])
+    again = WeightedReward("lagrangian")
+    again.load_state(json.loads(json.dumps(reward.state())))
+    assert again(over).tolist() == reward(over).tolist()
+    under = replace(TERMS, flops=np.array([0.1, 0.1, 0.1]), budget=np.array([0.5, 0.5, 0.9]))
+    for _ in range(9):
+        reward(under)
+    assert reward.state()[0]["prices"][4] == 0
+    assert WeightedReward("lagrangian").state()[0]["prices"][4] == 0, "each use has prices of its own"
+    assert WeightedReward(["accuracy", "flops"]).state() == [None, None]
 
 
 def tokens_left(terms):

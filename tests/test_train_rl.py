@@ -56,9 +56,33 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [8, 40, 56, 96])
-def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at):
-    train(monkeypatch, place, tmp_path / "whole")
+def test_without_projection_plans_overspend_in_training_and_not_in_use(monkeypatch, place, tmp_path):
+    """Null: with projection none does."""
+    for name, more in (("free", ["--no-fit"]), ("fitted", [])):
+        train(monkeypatch, place, tmp_path / name, *more)
+        over = [line["flops"] > line["budget"] for line in lines(tmp_path / name) if "flops" in line]
+        assert any(over) == (name == "free")
+        records = json.loads((tmp_path / name / "result.json").read_text())
+        assert all(record["budget_violations"] == 0 for record in records)
+
+
+def test_a_reward_may_ask_for_predicted_time(monkeypatch, place, tmp_path, capsys):
+    where = ["--backbone", place / "vlm", "--data", place / "data"]
+    model = tmp_path / "latency.json"
+    command(monkeypatch, eval_main.main, "latency", "full", *where, "--queries", 2, "--repeats", 1, "--out", model)
+    train(monkeypatch, place, tmp_path / "run", "--reward", "accuracy", "-0.5*latency", "--latency-model", model)
+    assert all("reward" in line or "validation" in line for line in lines(tmp_path / "run"))
+    with pytest.raises(SystemExit):
+        train(monkeypatch, place, tmp_path / "without", "--reward", "latency")
+    assert "there is no latency model; calibrate one" in capsys.readouterr().err
+
+
+OTHER = ("--algo", "a2c", "--no-fit", "--reward", "lagrangian", "0.1*log-likelihood")
+
+
+@pytest.mark.parametrize(("at", "more"), [(8, ()), (40, ()), (56, ()), (96, ()), (56, OTHER)])
+def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, more):
+    train(monkeypatch, place, tmp_path / "whole", *more)
     step = train_rl.RunCallback._on_step
 
     def dying(self):
@@ -69,7 +93,7 @@ def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at):
     with monkeypatch.context() as patch:
         patch.setattr(train_rl.RunCallback, "_on_step", dying)
         with pytest.raises(Killed):
-            train(monkeypatch, place, tmp_path / "killed")
+            train(monkeypatch, place, tmp_path / "killed", *more)
     assert not (tmp_path / "killed" / "result.json").exists()
     command(monkeypatch, train_rl.main, "--out", tmp_path / "killed", "--resume")
     whole, resumed = (load_file(tmp_path / name / "controller.safetensors") for name in ("whole", "killed"))
