@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from backbones import Backbone
-from envs import MaskingCore, MaskingVecEnv, load_queries
+from envs import MaskingCore, MaskingVecEnv
+from envs.ray_core import RayCore
 from envs.sb3_env import info_columns
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
@@ -66,6 +68,9 @@ class RLConfig(ControllerRunConfig):
     training, and the reward must make them not: lagrangian, or -2*overspend."""
     latency_model: Path | None = None
     """Predicts prefill times for the reward `latency`: a file that python -m eval latency --out wrote here."""
+    workers: int = 0
+    """Execute plans in so many Ray workers (extra `ray`), each with a replica of the backbone: one for each GPU, or CPU
+    core. 0: in this process."""
     epochs: int = 4
     """ppo: passes over a rollout in each update."""
     batch_size: int = 256
@@ -78,6 +83,9 @@ class RLConfig(ControllerRunConfig):
     def check(self) -> None:
         super().check()
         self.check_at_least_one("envs", "rollout_steps", "epochs", "batch_size", "plans_per_query")
+        if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
+            why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
+            raise cli.InputError(f"--workers is {self.workers}; {why}")
         if not self.clip_range > 0 or self.entropy < 0:
             raise cli.InputError(
                 f"--clip-range {self.clip_range:g} must be above 0, --entropy {self.entropy:g} at least 0"
@@ -88,14 +96,18 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
     """The environment, and the learner on it with the two-level policy."""
     backbone = config.load(config.backbone)
     sizes = config.sizes(backbone)
-    core = MaskingCore(
-        backbone,
-        load_queries(config.data, "train"),
-        reward=config.reward,
-        budgets=config.budgets,
-        controller_flops=TwoLevelController(sizes).flops,
-        latency_model=None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
-    )
+    options: dict[str, Any] = {
+        "data": config.data,
+        "reward": config.reward,
+        "budgets": config.budgets,
+        "controller_flops": TwoLevelController(sizes).flops,
+        "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
+    }
+    if config.workers:
+        core: MaskingCore = RayCore(config.workers, partial(config.load, config.backbone), **options)
+    else:
+        core = MaskingCore(backbone, **options)
+    backbone = core.backbone
     venv = MaskingVecEnv(core, config.envs, config.plans_per_query)
     fitted = FittedVecEnv(venv) if config.fit else None
     common: dict[str, Any] = {

@@ -146,6 +146,14 @@ class MaskingCore:
         Raises:
             InputError: an action of another length, with other values or without a layer, or a reward that fails.
         """
+        terms, parts = self.execute(numbers, budgets, actions)
+        ids = [self.source.text(int(number))[0] for number in numbers]
+        return Outcome(self.reward(terms, ids), {**terms.as_dict(), **parts})
+
+    def execute(
+        self, numbers: np.ndarray, budgets: np.ndarray, actions: np.ndarray
+    ) -> tuple[RewardTerms, dict[str, np.ndarray]]:
+        """What ``step`` does before it rewards: the raw terms, and the FLOPs part by part, each (B,)."""
         plans = self.layout.parse(actions).to(self.backbone.device)
         encoding = self.bank.gather(numbers)
         masks = self.backbone.restrict(encoding, plans)
@@ -166,8 +174,7 @@ class MaskingCore:
             kept_layers=_array(masks.layers.sum(1)),
             latency=self._latency(encoding, masks),
         )
-        parts = {f"flops_{name}": _array(getattr(cost, name)) for name in cost.__dataclass_fields__}
-        return Outcome(self.reward(terms, encoding.ids), {**terms.as_dict(), **parts})
+        return terms, {f"flops_{name}": _array(getattr(cost, name)) for name in cost.__dataclass_fields__}
 
     def _latency(self, encoding: Encoding, masks: Masks) -> np.ndarray | None:
         """(B,) share of the full plan's predicted prefill time."""

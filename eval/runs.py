@@ -21,7 +21,7 @@ PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3"
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
-NOT_OF_RUN = ("out", "resume", "wandb", "group", "device")
+NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
 
