@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +16,7 @@ from envs import load_queries
 from eval import cli, elasticity, gradients, report
 from eval.audit import Audit
 from eval.bench import bench, bench_table
-from eval.evaluate import Record, check_budgets, evaluate
+from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.experiment.command import Experiment
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
@@ -78,7 +79,12 @@ class Run(cli.Placement):
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
         records: list[Record] = []
         for planner in planners:
-            own = evaluate(planner, backbone, bank, self.budgets, self.seed)
+            found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed)
+            if not found:
+                raise cli.InputError(next(iter(gaps.values())))
+            for budget, reason in gaps.items():
+                print(f"{planner.name} at {budget:g} is left out: {reason}", file=sys.stderr)
+            own = [outcome.record for outcome in found]
             if self.timing:
                 add_timing(planner, backbone, first_queries(bank, self.timing), own)
             records += own

@@ -83,9 +83,7 @@ def test_more_workers_than_devices_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"--workers is 999, but there are \d+ CPU cores"):
         check_workers(999, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(
-        InputError, match="--workers is 3, but there are 2 GPUs, one for each worker; give at most 2"
-    ):
+    with pytest.raises(InputError, match="--workers is 3, but there are 2 GPUs, one for each worker; give at most 2"):
         check_workers(3, torch.device("cuda"))
 
 
