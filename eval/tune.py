@@ -77,7 +77,7 @@ def evaluate_settings(
     """Records by setting, and why settings have fewer than the others: this backbone, or a budget, does not allow
     them."""
     records: dict[str, list[Record]] = {}
-    left_out = {}
+    left_out: dict[str, str] = {}
     for policy in tqdm(policies, desc="tuning", unit="setting"):
         records[policy] = []
         try:
