@@ -104,10 +104,9 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
     }
     if config.workers:
-        core: MaskingCore = RayCore(config.workers, partial(config.load, config.backbone), **options)
+        core: MaskingCore = RayCore(config.workers, backbone, partial(config.load, config.backbone), **options)
     else:
         core = MaskingCore(backbone, **options)
-    backbone = core.backbone
     venv = MaskingVecEnv(core, config.envs, config.plans_per_query)
     fitted = FittedVecEnv(venv) if config.fit else None
     common: dict[str, Any] = {

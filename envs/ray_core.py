@@ -48,16 +48,17 @@ class RayCore(MaskingCore):
 
     Args:
         workers: how many; on CUDA one for each device, on the CPU at most one for each core.
-        load: loads the backbone; called in each worker, and here for the policy.
+        backbone: of this process, for the policy.
+        load: loads the same in each worker.
         **options: of ``MaskingCore``, with ``data`` as a name or path.
 
     Raises:
         InputError: Ray is not installed, or there are fewer devices than workers.
     """
 
-    def __init__(self, workers: int, load: Callable[[], Backbone], **options: Any):
+    def __init__(self, workers: int, backbone: Backbone, load: Callable[[], Backbone], **options: Any):
         ray = import_ray()
-        super().__init__(backbone=load(), **options)
+        super().__init__(backbone, **options)
         check_workers(workers, self.backbone.device)
         own = {name: value for name, value in options.items() if name != "reward"}
         cuda = self.backbone.device.type == "cuda"

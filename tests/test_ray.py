@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ ray = pytest.importorskip("ray")
 
 @pytest.fixture(scope="module")
 def core(place):
-    made = RayCore(2, lambda: load_backbone(str(place / "vlm")), data=str(place / "data"), budgets=(0.6, 1.0))
+    load = partial(load_backbone, str(place / "vlm"))
+    made = RayCore(2, load(), load, data=str(place / "data"), budgets=(0.6, 1.0))
     yield made
     ray.shutdown()
 
@@ -103,4 +105,5 @@ def test_bad_options_are_named(monkeypatch, place, tmp_path, capsys, more, words
 def test_ray_that_is_not_installed_is_named(monkeypatch, place):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"--workers needs Ray; install it with: pip install 'maskgym\[ray\]'"):
-        RayCore(1, lambda: load_backbone(str(place / "vlm")), data=str(place / "data"))
+        load = partial(load_backbone, str(place / "vlm"))
+        RayCore(1, load(), load, data=str(place / "data"))
