@@ -26,6 +26,7 @@ from backbones.errors import InputError
 from backbones.masks import Masks
 from backbones.midway import Midway
 from backbones.soft_decoder import Gates
+from policies.bisection import most_that_fits
 from policies.projection import budget_flops
 
 VARIANTS = ("l", "h")
@@ -233,8 +234,8 @@ class AdaLlavaPlanner:
             return (whole_B - config.prefix_layers * config.units_per_layer).clamp(0, config.units)
         full_B = self.backbone.full_llm_flops(encoding)
         limits_B = budget_flops(budgets_B, full_B)
-        low_B = torch.zeros(len(encoding), dtype=torch.int64, device=self.backbone.device)
-        least_B = self._flops(encoding, low_B)
+        none_B = torch.zeros(len(encoding), dtype=torch.int64, device=self.backbone.device)
+        least_B = self._flops(encoding, none_B)
         if bool((least_B > limits_B).any()):
             row = int((least_B - limits_B).argmax())
             raise InputError(
@@ -242,12 +243,9 @@ class AdaLlavaPlanner:
                 f"{self.name} cost, {float(least_B[row] / full_B[row]):.3f}; give more, or train with fewer "
                 "--prefix-layers"
             )
-        high_B = torch.full_like(low_B, config.units)
-        while bool((low_B < high_B).any()):
-            middle_B = (low_B + high_B + 1) // 2
-            fits_B = self._flops(encoding, middle_B) <= limits_B
-            low_B, high_B = torch.where(fits_B, middle_B, low_B), torch.where(fits_B, high_B, middle_B - 1)
-        return low_B
+        return most_that_fits(
+            lambda units_B: self._flops(encoding, units_B) <= limits_B, none_B, torch.full_like(none_B, config.units)
+        )
 
     def least_share(self, encoding: Encoding) -> Tensor:
         """(B,) float64: the smallest budgets for which there is a plan."""

@@ -17,6 +17,7 @@ from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
 from backbones.survivors import Survivors
+from policies.bisection import most_that_fits
 from policies.projection import budget_flops
 
 Skeleton = Callable[[Tensor], Masks]
@@ -91,12 +92,10 @@ class CountPlanner(ABC):
         if bool((least_B > limits_B).any()):
             self._refuse(budgets_B, (least_B.double() + 0.5) / full_B)
         # Keeping all needs no choice, so it can cost less than keeping all but one; below, more tokens cost more.
-        low_B, high_B = torch.ones_like(most_B), (most_B - 1).clamp_min(1)
-        while bool((low_B < high_B).any()):
-            middle_B = (low_B + high_B + 1) // 2
-            fits_B = flops(middle_B) <= limits_B
-            low_B, high_B = torch.where(fits_B, middle_B, low_B), torch.where(fits_B, high_B, middle_B - 1)
-        return torch.where(flops(most_B) <= limits_B, most_B, low_B)
+        some_B = most_that_fits(
+            lambda counts_B: flops(counts_B) <= limits_B, torch.ones_like(most_B), (most_B - 1).clamp_min(1)
+        )
+        return torch.where(flops(most_B) <= limits_B, most_B, some_B)
 
     def _refuse(self, budgets_B: Tensor, least_B: Tensor) -> None:
         row = int((least_B - budgets_B.to(least_B.device)).argmax())

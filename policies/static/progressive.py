@@ -15,6 +15,7 @@ from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
 from backbones.stages import AttentionScore, Stage, token_counts
+from policies.bisection import most_that_fits
 from policies.static.inside import InsidePlanner
 
 
@@ -41,12 +42,7 @@ class ProgressivePlanner(InsidePlanner):
                 f"a share of {share:g} of the visual tokens, averaged over layers, is below what policy "
                 f"{self.name!r} can meet{self._why()}; the least share here is {least:.4f}"
             )
-        low_B, high_B = torch.ones_like(most_B), most_B
-        while bool((low_B < high_B).any()):
-            middle_B = (low_B + high_B + 1) // 2
-            fits_B = tokens(middle_B) <= target_B
-            low_B, high_B = torch.where(fits_B, middle_B, low_B), torch.where(fits_B, high_B, middle_B - 1)
-        return low_B
+        return most_that_fits(lambda counts_B: tokens(counts_B) <= target_B, torch.ones_like(most_B), most_B)
 
 
 class PyramidDropPlanner(ProgressivePlanner):
