@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from backbones.encoding import Query, no_image
@@ -82,19 +83,28 @@ class DatasetQueries:
 
     def head(self, limit: int | None) -> DatasetQueries:
         """The first ``limit`` queries, or all."""
-        return self if limit is None or limit >= len(self) else self._slice(slice(0, limit, 1))
+        return self if limit is None or limit >= len(self) else self._only(range(limit))
 
     def spread(self, limit: int) -> DatasetQueries:
-        """At most ``limit`` queries, evenly spaced over all."""
-        return self._slice(slice(0, len(self), -(-len(self) // limit)))
+        """``limit`` queries, or all where there are fewer: from as many equal stretches one each, always the same.
 
-    def _slice(self, rows: slice) -> DatasetQueries:
+        The place inside a stretch is drawn: a fixed step would meet the same kind of question again and again where an
+        image's questions come in a fixed order.
+        """
+        if limit >= len(self):
+            return self
+        inside = np.random.default_rng(0).random(limit)
+        return self._only(((np.arange(limit) + inside) * (len(self) / limit)).astype(int).tolist())
+
+    def _only(self, rows: Sequence[int]) -> DatasetQueries:
         part = object.__new__(DatasetQueries)
         part.name, part.split = self.name, self.split
-        part._images = self._images.select(range(len(self))[rows])
-        part._questions, part._answers, part._ids = self._questions[rows], self._answers[rows], self._ids[rows]
-        part.kinds = None if self.kinds is None else self.kinds[rows]
-        part.patches = None if self.patches is None else self.patches[rows]
+        part._images = self._images.select(rows)
+        part._questions = [self._questions[row] for row in rows]
+        part._answers = [self._answers[row] for row in rows]
+        part._ids = [self._ids[row] for row in rows]
+        part.kinds = None if self.kinds is None else [self.kinds[row] for row in rows]
+        part.patches = None if self.patches is None else [self.patches[row] for row in rows]
         return part
 
     def _stored_image(self, number: int) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def test_an_oracle_is_at_least_as_good_as_one_plan_for_all(small, source):
     assert generated[16]["oracle"] >= max(generated[16]["static"], generated[16]["random"])
 
 
+def test_a_spread_meets_every_kind_where_kinds_come_in_a_fixed_order():
+    rows = make_dataset(240).to_dict()
+    rows["type"] = [str(number % 8) for number in range(240)]
+    queries = DatasetQueries(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "made", "test")
+    some = queries.spread(60)  # a fixed step would be 4, and meet two kinds
+    assert len(some) == 60 and set(some.kinds) == set(queries.kinds)
+    ids = [some.text(number)[0] for number in range(60)]
+    assert ids == [queries.spread(60).text(number)[0] for number in range(60)] and len(set(ids)) == 60
+    assert queries.spread(500) is queries
+
+
 def test_accuracy_by_kind_of_question(small):
     rows = make_dataset(12).to_dict()
     rows["type"] = ["a"] * 4 + ["b"] * 8
@@ -68,7 +79,7 @@ def test_accuracy_by_kind_of_question(small):
     table = accuracy_by_kind(small, EncodingBank(small, queries), queries)
     assert [table[kind][1] for kind in ("all", "a", "b")] == [12, 4, 8]
     assert table["all"][0] == pytest.approx((4 * table["a"][0] + 8 * table["b"][0]) / 12)
-    assert queries.spread(4).kinds == ["a", "a", "b", "b"] and "| all " in kinds_table(table)
+    assert queries.spread(3).kinds == ["a", "b", "b"] and "| all " in kinds_table(table)
 
 
 def asked(rule, count=400):
