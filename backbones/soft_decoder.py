@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from backbones.attention import rotate
 from backbones.backbone import Backbone
@@ -143,23 +144,43 @@ def _attend(
     q_BQSW, k_BQSW, v_BQSW = (
         x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2))
     )
-    weights_BQSS = _gated_softmax(q_BQSW @ k_BQSW.transpose(2, 3) * attention.scaling, present_BS)
+    weights_BQSS: Tensor = _GatedSoftmax.apply(q_BQSW * attention.scaling @ k_BQSW.transpose(2, 3), present_BS)
     out_BSQW = (weights_BQSS @ v_BQSW).transpose(1, 2)
     gates_BQ = heads_BH.repeat_interleave(backbone.decoder.query_heads, dim=1)
     return attention.o_proj((out_BSQW * gates_BQ[:, None, :, None]).flatten(2))
 
 
-def _gated_softmax(logits_BQSS: Tensor, present_BS: Tensor) -> Tensor:
-    """Causal attention weights in which a key counts as much as it is there: g exp(s) over the sum of g exp(s).
+class _GatedSoftmax(torch.autograd.Function):
+    """Causal attention weights in which a key counts as much as it is there: p = g exp(s) over the sum of g exp(s).
 
-    A key with gate 0 has weight 0, and its gate a gradient.
+    A key with gate 0 has weight 0, and its gate a gradient. Written out because half of a training step's time went
+    into passes over (B, Q, S, S) that autograd made and kept; with u = p / g, dg = sum of u (dp - <dp, p>), ds = g times
+    its terms.
     """
-    causal_SS = torch.ones(logits_BQSS.shape[-2:], dtype=torch.bool, device=logits_BQSS.device).tril()
-    kept = causal_SS & (present_BS > 0)[:, None, None]
-    # A text token comes first in every prompt, so each place has a key that is there.
-    largest = logits_BQSS.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).detach()
-    scaled = (logits_BQSS - largest).clamp_max(CEILING).exp() * causal_SS * present_BS[:, None, None]
-    return scaled / scaled.sum(-1, keepdim=True)
+
+    @staticmethod
+    def forward(ctx: Any, logits_BQSS: Tensor, present_BS: Tensor) -> Tensor:
+        causal_SS = torch.ones(logits_BQSS.shape[-2:], dtype=torch.bool, device=logits_BQSS.device).tril()
+        kept_B1SS = causal_SS & (present_BS > 0)[:, None, None]
+        # A text token comes first in every prompt, so each place has a key that is there.
+        largest_BQS1 = logits_BQSS.masked_fill(~kept_B1SS, -torch.inf).amax(-1, keepdim=True)
+        u_BQSS = (logits_BQSS - largest_BQS1).clamp_max_(CEILING).exp_().mul_(causal_SS)
+        weights_BQSS = u_BQSS * present_BS[:, None, None]
+        total_BQS1 = weights_BQSS.sum(-1, keepdim=True)
+        u_BQSS.div_(total_BQS1)
+        weights_BQSS.div_(total_BQS1)
+        ctx.save_for_backward(u_BQSS, weights_BQSS, present_BS)
+        return weights_BQSS
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_BQSS: Tensor) -> tuple[Tensor, Tensor]:
+        u_BQSS, weights_BQSS, present_BS = ctx.saved_tensors
+        mean_BQS1 = (grad_BQSS * weights_BQSS).sum(-1, keepdim=True)
+        slopes_BQSS = (grad_BQSS - mean_BQS1).mul_(u_BQSS)
+        present_grad_BS = slopes_BQSS.sum((1, 2))
+        # Only keys with gate 0 can be at the ceiling, and these are multiplied by it.
+        return slopes_BQSS.mul_(present_BS[:, None, None]), present_grad_BS
 
 
 def _feed_forward(backbone: Backbone, layer: Any, x_BSD: Tensor, heads_BH: Tensor, layer_B: Tensor) -> Tensor:
