@@ -24,8 +24,9 @@ from backbones.encoding import Encoding
 from backbones.masks import Masks
 
 CEILING = 5.0
-"""Attention logits of dropped tokens count at most so much above the largest kept one: their exponential, which is
-multiplied by 0, must not overflow, and a dropped token that would draw all attention must not drown the gradient."""
+"""Attention logits of tokens that are hardly there count at most so much above the largest other: their exponential,
+which is multiplied by next to nothing, must not overflow, and a dropped token that would draw all attention must not
+drown the gradient."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +154,17 @@ def _attend(
 class _GatedSoftmax(torch.autograd.Function):
     """Causal attention weights in which a key counts as much as it is there: p = g exp(s) over the sum of g exp(s).
 
-    A key with gate 0 has weight 0, and its gate a gradient. Written out because half of a training step's time went
-    into passes over (B, Q, S, S) that autograd made and kept; with u = p / g, dg = sum of u (dp - <dp, p>), ds = g times
-    its terms.
+    A key with gate 0 has weight 0, and its gate a gradient. Written out because a fifth of a training step's time went
+    into passes over (B, Q, S, S) that autograd made and kept; with u = p / g, dg is the sum of u (dp - <dp, p>), and ds
+    has g times its terms.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_BQSS: Tensor, present_BS: Tensor) -> Tensor:
         causal_SS = torch.ones(logits_BQSS.shape[-2:], dtype=torch.bool, device=logits_BQSS.device).tril()
-        kept_B1SS = causal_SS & (present_BS > 0)[:, None, None]
+        log_present_B1SS = present_BS.log()[:, None, None].masked_fill(~causal_SS, -torch.inf)
         # A text token comes first in every prompt, so each place has a key that is there.
-        largest_BQS1 = logits_BQSS.masked_fill(~kept_B1SS, -torch.inf).amax(-1, keepdim=True)
+        largest_BQS1 = (logits_BQSS + log_present_B1SS).amax(-1, keepdim=True)
         u_BQSS = (logits_BQSS - largest_BQS1).clamp_max_(CEILING).exp_().mul_(causal_SS)
         weights_BQSS = u_BQSS * present_BS[:, None, None]
         total_BQS1 = weights_BQSS.sum(-1, keepdim=True)
@@ -173,13 +174,13 @@ class _GatedSoftmax(torch.autograd.Function):
         return weights_BQSS
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_BQSS: Tensor) -> tuple[Tensor, Tensor]:
         u_BQSS, weights_BQSS, present_BS = ctx.saved_tensors
         mean_BQS1 = (grad_BQSS * weights_BQSS).sum(-1, keepdim=True)
         slopes_BQSS = (grad_BQSS - mean_BQS1).mul_(u_BQSS)
         present_grad_BS = slopes_BQSS.sum((1, 2))
-        # Only keys with gate 0 can be at the ceiling, and these are multiplied by it.
+        # Keys at the ceiling have gates below exp(-CEILING), so what they get too much is little.
         return slopes_BQSS.mul_(present_BS[:, None, None]), present_grad_BS
 
 

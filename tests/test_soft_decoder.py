@@ -1,9 +1,11 @@
 """Relaxed plans: exact at 0 and 1, blind to what is dropped, and with a gradient for every decision."""
 
+import math
+
 import pytest
 import torch
 
-from backbones.soft_decoder import Gates, soft_answer_logits, soft_llm_flops
+from backbones.soft_decoder import CEILING, Gates, _GatedSoftmax, soft_answer_logits, soft_llm_flops
 from tests.conftest import random_masks
 
 NUMBERS = [0, 1, 2, 3, 4, 5]
@@ -100,3 +102,14 @@ def test_the_relaxed_cost_rises_with_every_gate(small, source):
     soft_llm_flops(small, encoding, gates).sum().backward()
     for gate in (gates.tokens, gates.heads, gates.layers):
         assert (gate.grad > 0).all()
+
+
+def test_gates_of_next_to_nothing_have_small_gradients():
+    """The most attractive key is one that is hardly there: its gate's derivative is at most exp(CEILING) times what
+    the others weigh, where the formula's would be 1e34."""
+    present = torch.tensor([[1.0, 1e-37, 0.5]], requires_grad=True)
+    logits = torch.tensor([0.0, 80.0, 1.0]).expand(1, 1, 3, 3).clone().requires_grad_()
+    weights = _GatedSoftmax.apply(logits, present)
+    assert torch.allclose(weights[0, 0, 2], torch.tensor([1, 0, 0.5 * math.e]) / (1 + 0.5 * math.e))
+    (weights * torch.randn(3, 3)).sum().backward()
+    assert (present.grad.abs() < 10 * math.exp(CEILING)).all() and torch.isfinite(logits.grad).all()
