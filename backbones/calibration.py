@@ -30,13 +30,16 @@ class Calibration:
         sizes_P: tokens, at least 1.
         first_P: the same for the first layer.
         restored_B: rows that are calibrated; the others get no bias.
+        prompts_B: tokens of each row before its answer; None: there is no answer.
     """
 
     sizes_P: Tensor
     first_P: Tensor
     restored_B: Tensor
+    prompts_B: Tensor | None = None
 
     def only(self, keep_P: Tensor) -> Calibration:
+        """Of some tokens: a mask over the packed ones, or their places."""
         return replace(self, sizes_P=self.sizes_P[keep_P], first_P=self.first_P[keep_P])
 
     def biases(self, cos_PW: Tensor, sin_PW: Tensor, ragged: Ragged) -> tuple[Bias, Bias]:
@@ -50,10 +53,34 @@ class Calibration:
         seen_BSS = (places_S[:, None] >= places_S) & ragged.valid[:, None]
         biases = []
         for sizes_P in (self.first_P, self.sizes_P):
-            log_BS = ragged.pad(sizes_P[:, None])[..., 0].log() * self.restored_B[:, None]
-            mask_BSS = (distance_BSS + log_BS[:, None]).masked_fill(~seen_BSS, -torch.inf)
+            log_BS = ragged.pad(sizes_P[:, None])[..., 0].clamp_min(1).log() * self.restored_B[:, None]
+            log_BSS = log_BS[:, None] + distance_BSS
+            if self.prompts_B is not None:
+                is_answer_BS = places_S >= self.prompts_B.to(places_S.device)[:, None]
+                log_BSS = log_BS[:, None].where(is_answer_BS[..., None], log_BSS)
+            mask_BSS = log_BSS.masked_fill(~seen_BSS, -torch.inf)
             biases.append(Bias(mask_BSS[:, None].to(cos_PW.dtype), log_BS.to(cos_PW.dtype)))
         return biases[0], biases[1]
+
+
+def calibrate(
+    sizes_BN: Tensor | None, restored_B: Tensor | None, kept_BN: Tensor, text_valid_BT: Tensor
+) -> Calibration | None:
+    """Of all visual and text tokens, packed row after row; None where no row is restored.
+
+    Args:
+        sizes_BN: tokens that each visual one stands for.
+        restored_B: rows that are calibrated.
+        kept_BN: bool, the visual tokens over which the first layer takes the mean.
+        text_valid_BT: bool, False where padded; each stands for itself.
+    """
+    if sizes_BN is None or restored_B is None or not bool(restored_B.any()):
+        return None
+    ones_BT = sizes_BN.new_ones(text_valid_BT.shape)
+    uniform_B1 = (sizes_BN * kept_BN).sum(1, keepdim=True) / kept_BN.sum(1, keepdim=True).clamp_min(1)
+    sizes_BS = torch.cat([sizes_BN, ones_BT], dim=1)
+    first_BS = torch.cat([uniform_B1.expand_as(sizes_BN), ones_BT], dim=1)
+    return Calibration(sizes_BS.flatten(), first_BS.flatten(), restored_B)
 
 
 @dataclass(frozen=True)

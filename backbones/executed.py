@@ -1,18 +1,21 @@
 """Answers' logits with plans really executed, for teacher forcing; differentiable.
 
-Shape legend: B rows, P packed tokens, D hidden width, T answer tokens of all rows, V vocabulary.
+Shape legend: B rows, N visual tokens, P packed tokens, D hidden width, T answer tokens of all rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from backbones.arrange import arrange
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.masks import Masks
+from backbones.packed import pack
 
 
 def executed_answer_logits(
@@ -27,10 +30,14 @@ def executed_answer_logits(
         answers: ids of each row's answer, without an end token.
     """
     masks = backbone.restrict(encoding, masks)
-    x_PD, ragged, rope_PR = backbone.pack(encoding, masks)
-    hidden_PD, _ = backbone.decoder.prefill(x_PD, ragged, rope_PR, masks)
+    arranged = arrange(encoding, masks)
+    tokens = pack(arranged.encoding, masks, arranged.sizes_BN, arranged.restored_B)
+    if tokens.calibration is not None:
+        prompts_B = tokens.ragged.lengths - torch.tensor([len(ids) for ids in answers])
+        tokens = replace(tokens, calibration=replace(tokens.calibration, prompts_B=prompts_B))
+    tokens, _, _ = backbone.decoder.run(tokens, masks)
     places = [
         last - torch.arange(len(ids), -1, -1, device=last.device)
-        for last, ids in zip(ragged.last, answers, strict=True)
+        for last, ids in zip(tokens.ragged.last, answers, strict=True)
     ]
-    return backbone.model.lm_head(hidden_PD[torch.cat(places)])
+    return backbone.model.lm_head(tokens.x_PD[torch.cat(places)])

@@ -101,8 +101,11 @@ def making_flops(shape: DecoderShape, masks: Masks, available_B: Tensor, text_B:
     if masks.survivors is not None:
         moved_B = (kept_B < available_B) & (kept_B > 0)
         restored_B = (masks.survivors.positions == RESTORED) & moved_B
-        total_B = total_B + _merging_flops(shape, masks, kept_B, available_B) * (masks.survivors.merged & moved_B)
-        total_B = total_B + _calibration_flops(shape, kept_B + text_B) * restored_B
+        targets = masks.survivors.targets
+        targets_B = kept_B if targets is None else (targets & masks.tokens).sum(1)
+        merging_B = merging_flops(shape, available_B - kept_B, targets_B)
+        total_B = total_B + merging_B * (masks.survivors.merged & moved_B)
+        total_B = total_B + calibration_flops(shape, kept_B + text_B) * restored_B
     before_B = kept_B
     for stage in masks.stages:
         works_B = stage.keep < before_B
@@ -110,18 +113,15 @@ def making_flops(shape: DecoderShape, masks: Masks, available_B: Tensor, text_B:
             price = StagePrice(shape, masks, stage, lengths_BL, before_B + text_B)
             total_B = total_B + stage.scorer.flops(price) * works_B
         before_B = before_B.minimum(stage.keep)
-        total_B = total_B + _calibration_flops(shape, before_B + text_B) * (works_B & restored_B)
+        total_B = total_B + calibration_flops(shape, before_B + text_B) * (works_B & restored_B)
     return total_B
 
 
-def _merging_flops(shape: DecoderShape, masks: Masks, kept_B: Tensor, available_B: Tensor) -> Tensor:
-    """Similarity of every dropped token with every one that it may be merged into."""
-    assert masks.survivors is not None
-    targets = masks.survivors.targets
-    targets_B = kept_B if targets is None else (targets & masks.tokens).sum(1)
-    return 2 * (available_B - kept_B) * targets_B * shape.hidden
+def merging_flops(shape: DecoderShape, dropped_B: Tensor, targets_B: Tensor) -> Tensor:
+    """(B,) similarity of every dropped token with every one that it may be merged into; counts, or sums of gates."""
+    return 2 * dropped_B * targets_B * shape.hidden
 
 
-def _calibration_flops(shape: DecoderShape, n_B: Tensor) -> Tensor:
-    """How alike the rotations of every pair of positions are, from their cosines and sines."""
+def calibration_flops(shape: DecoderShape, n_B: Tensor) -> Tensor:
+    """(B,) how alike the rotations of every pair of n positions are, from their cosines and sines."""
     return 4 * n_B * n_B * shape.head_width

@@ -57,6 +57,16 @@ class Survivors:
             torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
+    @classmethod
+    def asked(cls, rows: int, positions: str, merge: bool, device: torch.device | str = "cpu") -> Survivors | None:
+        """One layout for all rows, or None if that is to leave them where they were.
+
+        Raises:
+            InputError: unknown positions.
+        """
+        plain = cls.plain(rows, positions, merge, device)
+        return plain if merge or positions != "original" else None
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Survivors:
         """The layout with a function applied to each tensor."""
         parts = {name: part for name, part in vars(self).items() if part is not None}

@@ -6,7 +6,7 @@ Shape legend: B slots of the environment, N visual tokens, T text tokens, D hidd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from backbones.errors import InputError
 from backbones.latency_model import LatencyModel
 from backbones.loading import load_backbone
 from backbones.masks import Masks
+from backbones.survivors import Survivors
 from envs.queries import load_queries
 from envs.rewards import Reward, RewardTerms, WeightedReward
 from envs.scoring import reference, score
@@ -51,6 +52,7 @@ class MaskingCore:
             text tokens.
         max_new_tokens: answers are cut there.
         latency_model: predicts prefill times, for rewards that ask for them.
+        positions, merge: how the kept tokens are laid out; see ``backbones.survivors``.
 
     Raises:
         InputError: an unknown name or path, a budget outside (0, 1], an unknown kind of observation.
@@ -67,6 +69,8 @@ class MaskingCore:
         controller_flops: int | Callable[[Tensor], Tensor] = 0,
         max_new_tokens: int = 1,
         latency_model: LatencyModel | None = None,
+        positions: str = "original",
+        merge: bool = False,
     ):
         if len(budgets) != 2 or not 0 < budgets[0] <= budgets[1] <= 1:
             raise InputError(
@@ -83,6 +87,8 @@ class MaskingCore:
         self.controller_flops = controller_flops
         self.max_new_tokens, self.latency_model = max_new_tokens, latency_model
         self.layout = self.backbone.layout
+        self.positions, self.merge = positions, merge
+        Survivors.asked(0, positions, merge)  # checks
 
     @property
     def action_space(self) -> spaces.MultiDiscrete:
@@ -156,7 +162,7 @@ class MaskingCore:
         """What ``step`` does before it rewards: the raw terms, and the FLOPs part by part, each (B,)."""
         plans = self.layout.parse(actions).to(self.backbone.device)
         encoding = self.bank.gather(numbers)
-        masks = self.backbone.restrict(encoding, plans)
+        masks = self.backbone.restrict(encoding, self.laid_out(plans))
         references = [reference(accepted) for accepted in encoding.answers]
         answers = self.backbone.answer(encoding, masks, self.max_new_tokens, references)
         assert answers.log_likelihood is not None
@@ -175,6 +181,11 @@ class MaskingCore:
             latency=self._latency(encoding, masks),
         )
         return terms, {f"flops_{name}": _array(getattr(cost, name)) for name in cost.__dataclass_fields__}
+
+    def laid_out(self, plans: Masks) -> Masks:
+        """The plans with the layout that was asked for."""
+        survivors = Survivors.asked(len(plans), self.positions, self.merge, self.backbone.device)
+        return replace(plans, survivors=survivors)
 
     def _latency(self, encoding: Encoding, masks: Masks) -> np.ndarray | None:
         """(B,) share of the full plan's predicted prefill time."""

@@ -149,6 +149,20 @@ def test_reward_sees_cost_budget_and_parts(small, source):
     assert np.allclose(terms.log_likelihood, direct.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["renumbered", "restored"])
+def test_kept_tokens_are_laid_out_as_asked(small, source, positions):
+    """The same actions: other answers, the layout's own cost charged, and nothing else where all is kept."""
+    cores = [MaskingCore(**options(small, source), **more) for more in ({}, {"positions": positions})]
+    numbers, budgets = np.arange(6), np.full(6, 0.9, np.float32)
+    actions = np.ones((6, small.layout.size), np.int8)
+    actions[:3, : small.layout.tokens : 2] = 0
+    plain, laid = (core.step(numbers, budgets, actions).info for core in cores)
+    changed = plain["log_likelihood"] != laid["log_likelihood"]
+    assert changed[:3].all() and not changed[3:].any()
+    charged = laid["flops"] - plain["flops"]
+    assert ((charged[:3] > 0) == (positions == "restored")).all() and (charged[3:] == 0).all()
+
+
 def test_features_are_the_encoding(small, source):
     core = MaskingCore(**options(small, source, observation="features"))
     numbers = np.array([0, 3])

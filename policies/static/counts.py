@@ -135,6 +135,4 @@ class TokenPlanner(CountPlanner):
 
     def survivors(self, encoding: Encoding) -> Survivors | None:
         """How the kept tokens are laid out; None: where they were."""
-        if self.positions == "original":
-            return None
-        return Survivors.plain(len(encoding), self.positions, device=encoding.visual_BND.device)
+        return Survivors.asked(len(encoding), self.positions, merge=False, device=encoding.visual_BND.device)
