@@ -71,8 +71,9 @@ class BackboneConfig:
     """How many of them also run under a random plan, once these have joined."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW: linear warm-up, then cosine to zero."""
-    muon_rate: float = 4e-3
-    """From scratch: peak learning rate of Muon, which then trains the matrices of all layers; 0: AdamW for all."""
+    muon_rate: float | None = None
+    """Peak learning rate of Muon, which then trains the matrices of all layers; 0: AdamW for all. By default 0.004 from
+    scratch, else 0. Not for adapters."""
     warmup: int = 100
     """Steps of warm-up."""
     budgets: tuple[float, float] = (0.1, 1.0)
@@ -104,7 +105,7 @@ def check(config: BackboneConfig) -> None:
             f"at least 1 and at most --questions ({config.questions})",
         ),
         ("learning_rate", 0 < config.learning_rate < math.inf, "a positive number"),
-        ("muon_rate", 0 <= config.muon_rate < math.inf, "a number, 0 or more"),
+        ("muon_rate", 0 <= (config.muon_rate or 0) < math.inf, "a number, 0 or more"),
         ("plain_share", 0 <= config.plain_share <= 1, "between 0 and 1"),
         ("budgets", 0 < config.budgets[0] <= config.budgets[1] <= 1, "two shares with 0 < lower <= upper <= 1"),
     ]
@@ -115,6 +116,8 @@ def check(config: BackboneConfig) -> None:
             raise InputError(f"{option} {verb} {getattr(config, name)}; it must be {expected}")
     if config.lora_rank and config.backbone == "scratch":
         raise InputError("--lora-rank needs a trained model to adapt; name one with --backbone")
+    if config.lora_rank and config.muon_rate:
+        raise InputError(f"--muon-rate {config.muon_rate:g} has no effect on adapters; leave it out")
 
 
 def build(config: BackboneConfig, train: DatasetQueries) -> Backbone:
@@ -164,9 +167,10 @@ def prepare_vision(config: BackboneConfig, backbone: Backbone, queries: DatasetQ
 
 def optimizer(config: BackboneConfig, backbone: Backbone) -> MuonAdamW | None:
     """What trains from scratch; None: the trainer's own AdamW."""
-    if config.backbone != "scratch" or not config.muon_rate:
-        return None
-    return MuonAdamW(backbone.model.named_parameters(), config.muon_rate, config.learning_rate)
+    rate = config.muon_rate
+    if rate is None:
+        rate = 4e-3 if config.backbone == "scratch" else 0.0
+    return MuonAdamW(backbone.model.named_parameters(), rate, config.learning_rate) if rate else None
 
 
 class Journal(TrainerCallback):

@@ -10,7 +10,7 @@ Shape legend: R queries of a batch, T their answers' tokens, E those of the quer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
@@ -29,12 +29,18 @@ from backbones.errors import InputError
 from backbones.executed import executed_answer_logits
 from backbones.masks import Masks
 from backbones.shared_prefix import answer_logits, can_share
-from policies.baselines import random_plans
-from policies.projection import least_share
+from backbones.survivors import Survivors
+from policies.baselines import random_waits
+from policies.coherent import reorder_tokens
+from policies.projection import least_share, project
 
 SHARPNESS = 3.0
 """Of the split between tokens, heads and layers in training plans (``random_plans``): a third of them cut
 almost nothing but one, for a model loses most under kinds of plans that it has not met."""
+
+
+RESTORED_SHARE = 0.5
+"""Of the training plans whose dropped tokens are merged into kept ones with restored positions."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +205,8 @@ class ElasticTrainer(SFTTrainer):
         return parts | pruned_losses(pruned_EV, full_TV[pruned_T], targets_T[pruned_T])
 
     def _random_plans(self, rows: AnsweredRows, step: int) -> Masks:
-        """A plan a row at a random budget (the smallest plan where that costs more); they follow from the seed, the
-        step and the process."""
+        """A plan a row at a random budget (the smallest plan where that costs more), with original or restored
+        positions; they follow from the seed, the step and the process."""
         settings = self.settings
         seed = (settings.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index
         generator = torch.Generator().manual_seed(seed)
@@ -208,7 +214,15 @@ class ElasticTrainer(SFTTrainer):
         budgets_B = low + (high - low) * torch.rand(len(rows.images), generator=generator, dtype=torch.float64)
         encoding = self.backbone.assemble(rows.images, rows.questions)
         least_B = least_share(self.backbone, encoding).cpu()
-        return random_plans(self.backbone, encoding, budgets_B.maximum(least_B), generator, sharpness=SHARPNESS)
+        waits_BA = random_waits(self.backbone, len(encoding), generator, sharpness=SHARPNESS)
+        waits_BA = reorder_tokens(waits_BA, encoding, generator)
+        restored_B = torch.rand(len(encoding), generator=generator) < RESTORED_SHARE
+        device = encoding.visual_BND.device
+        full = self.backbone.full(encoding)
+        layouts = (Survivors.plain(len(encoding), name, device=device) for name in ("original", "restored"))
+        plain, laid = (replace(full, survivors=layout) for layout in layouts)
+        plans = laid.where(restored_B.to(device), plain)
+        return project(self.backbone, plans, waits_BA.to(device), budgets_B.maximum(least_B).to(device), encoding)
 
 
 @dataclass(frozen=True)
