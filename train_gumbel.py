@@ -18,7 +18,7 @@ from backbones.masks import AXES
 from envs import load_queries
 from envs.scoring import reference
 from eval import cli
-from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.controller_runs import INITIAL_SPREAD, ControllerRunConfig, RunJournal, conclude
 from eval.report import markdown
 from eval.runs import RunFolder
 from eval.tracking import Tracker
@@ -46,10 +46,11 @@ class GumbelConfig(ControllerRunConfig):
 
     estimator: Literal["gumbel", "soft-topk", "adallava-l", "adallava-h"] = "gumbel"
     """gumbel: keep or drop with Gumbel noise, gradients straight through; soft-topk: sigmoids shifted until the relaxed
-    plan costs its budget (always with the rule `fill`); adallava-l, adallava-h: exactly as many layers, or groups of
+    plan costs its budget; adallava-l, adallava-h: exactly as many layers, or groups of
     heads, as the budget pays for, chosen inside the decoder."""
     temperatures: tuple[float, float] | None = None
-    """Of the relaxation, at the start and at the end; by default 2 and 0.5, for AdaLLaVA 5 throughout."""
+    """Of the relaxation, at the start and at the end; by default 2 and 0.5 for gumbel, 1 and 0.2 for soft-topk, and 5
+    throughout for AdaLLaVA."""
     prefix_layers: int | None = None
     """adallava: layers that always run, before it decides; by default half of them, as published. They bound the
     budgets that can be met from below."""
@@ -57,8 +58,9 @@ class GumbelConfig(ControllerRunConfig):
     """adallava-h: head slots of a layer that are chosen together (8 of 32 as published)."""
     levels: Literal["flops", "layers"] = "flops"
     """adallava: a budget buys as many units as it pays for; or that share of all layers, as published."""
-    noise: float = 0.0
-    """soft-topk: standard deviation of Gaussian noise on the logits at the start; it falls to zero."""
+    noise: float = 1.0
+    """soft-topk: standard deviation of Gaussian noise on the logits at the start; it falls to zero. Without it gates
+    settle near a half, where they cost little and hide little."""
     fit: bool = True
     """gumbel: project the sampled plans into their budgets in training, as in use."""
     cost: Literal["budget", "penalty"] = "budget"
@@ -69,8 +71,6 @@ class GumbelConfig(ControllerRunConfig):
     """Share of the training in which the price rises to its weight."""
     distillation: float = 0.0
     """Weight of the divergence from the full plan's answer."""
-    initial_logit: float = 2.0
-    """Keep-logit of every unit before training: the controller starts near full capacity."""
     batch_size: int = 128
     """Queries in a gradient step."""
     out: Path = Path("runs/gumbel")
@@ -83,8 +83,11 @@ class GumbelConfig(ControllerRunConfig):
         if not 0 < low <= high <= 1:
             raise InputError(f"budgets are {self.budgets}; give two bounds with 0 < lower <= upper <= 1")
         self.settings()
+        if self.estimator == "soft-topk" and self.rule != "fill":
+            raise InputError(f"--rule {self.rule} has no effect on soft-topk, whose plans always cost their budgets")
         if self.is_adallava:
-            idle = {"axes": AXES, "rule": "threshold", "distillation": 0.0, "init_from": None}
+            idle: dict[str, Any] = {"axes": AXES, "rule": "fill", "distillation": 0.0, "init_from": None}
+            idle |= {"positions": "restored", "merge": False, "initial_spread": INITIAL_SPREAD}
             for name, default in idle.items():
                 if getattr(self, name) != default:
                     option = f"--{name.replace('_', '-')}"
@@ -97,7 +100,7 @@ class GumbelConfig(ControllerRunConfig):
     def settings(self) -> RelaxationSettings:
         names = [field.name for field in dataclasses.fields(RelaxationSettings)]
         given = {name: getattr(self, name) for name in names}
-        given["temperatures"] = self.temperatures or ((5.0, 5.0) if self.is_adallava else (2.0, 0.5))
+        given["temperatures"] = self.temperatures or TEMPERATURES.get(self.estimator, (5.0, 5.0))
         return RelaxationSettings(**given)
 
 
@@ -105,8 +108,7 @@ def learner(config: GumbelConfig, backbone: Backbone) -> Learner:
     """What is trained, with fresh weights or those that it shall start from."""
     if config.is_adallava:
         return AdaLlavaLearner(adallava(config, backbone), config.settings())
-    rule = "fill" if config.estimator == "soft-topk" else config.rule
-    sizes = config.sizes(backbone, rule=rule, initial_logit=config.initial_logit)
+    sizes = config.sizes(backbone)
     controller = TwoLevelController(sizes)
     weights = config.initial_weights(backbone, sizes)
     if weights is not None:
@@ -256,6 +258,9 @@ class Trainer:
         self.journal.load_state(state)
         restore_random_state(tensors, state["random"])
 
+
+TEMPERATURES = {"gumbel": (2.0, 0.5), "soft-topk": (1.0, 0.2)}
+"""By estimator; AdaLLaVA's own has 5 throughout."""
 
 LOG_EVERY = 8
 """Gradient steps in a line of metrics; validations and checkpoints fall between lines."""

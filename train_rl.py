@@ -100,6 +100,7 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "data": config.data,
         "reward": config.reward,
         "budgets": config.budgets,
+        **config.laying_out(),
         "controller_flops": TwoLevelController(sizes).flops,
         "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
     }
@@ -175,7 +176,7 @@ class RunCallback(BaseCallback):
         numbers, actions = (np.concatenate(parts) for parts in zip(*self._executed, strict=True))
         self._executed = []
         core = self.venv.core
-        masks = core.layout.unflatten(torch.from_numpy(actions).bool().to(core.backbone.device))
+        masks = core.laid_out(core.layout.unflatten(torch.from_numpy(actions).bool().to(core.backbone.device)))
         progress = min(1.0, self.num_timesteps / self.config.total_queries)
         self._tuning_loss = self.tuning.learn(core.bank, numbers, masks, progress)
 

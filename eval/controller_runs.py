@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from policies.joint_tuning import JointTuning
 
 
+INITIAL_SPREAD = 8.0
+
+
 @dataclasses.dataclass
 class ControllerRunConfig(Placement):
     """Options of every training of a controller."""
@@ -35,9 +38,15 @@ class ControllerRunConfig(Placement):
     """Queries: a name (`easy-vqa`, `scenes`), or a path with the columns image, question, answers."""
     axes: tuple[str, ...] = AXES
     """What the controller decides on: some of tokens, heads, layers. An axis left out stays full."""
-    rule: Literal["threshold", "fill"] = "threshold"
+    rule: Literal["threshold", "fill"] = "fill"
     """How logits become a plan. threshold: units with a positive logit, projected into the budget where they exceed it;
-    fill: the last level that is decided spends what the budget leaves."""
+    fill: all logits are shifted by one number, different for each query, until the plan spends its budget."""
+    positions: Literal["original", "renumbered", "restored"] = "restored"
+    """How the kept tokens are laid out. original: each where it was; renumbered: gaps closed; restored: dropped tokens
+    averaged into kept ones, each at the median position of its group, attention corrected for it (RESTORE). Relaxed
+    training leaves tokens where they were; what it has learned is then used so."""
+    merge: bool = False
+    """Average dropped tokens into the kept ones that they resemble; restored does so anyway."""
     budgets: tuple[float, float] = (0.2, 1.0)
     """Each training query's budget is uniform between these shares of the full plan's LLM FLOPs."""
     total_queries: int = 60_000
@@ -55,9 +64,12 @@ class ControllerRunConfig(Placement):
     of its layers. Saved in the run's `model/`. Off for comparisons of controllers."""
     tune_rate: float = 1e-4
     """Learning rate of the backbone's weights, falling linearly to zero."""
+    initial_spread: float = INITIAL_SPREAD
+    """How firmly an untrained controller keeps to its first plan, an even grid of tokens: the first token to leave has
+    the logit 0, the last twice this. Small: much is tried; large: little but what is near the plan."""
     width: int = 48
     """Width of the controller."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Of Adam, falling linearly to zero."""
     validate_every: int = 10_000
     """Answered plans between validations."""
@@ -82,7 +94,11 @@ class ControllerRunConfig(Placement):
         """
         check_axes(self.axes)
         check_budgets(self.test_budgets)
+        if "tokens" not in self.axes and self.merge:
+            raise InputError(f"--merge has no effect where --axes are {' '.join(self.axes)}; leave it out")
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
+        if not 0 <= self.initial_spread < 1000:
+            raise InputError(f"--initial-spread is {self.initial_spread:g}; it must be at least 0, and below 1000")
         for name in ("learning_rate", "tune_rate"):
             if not getattr(self, name) > 0:
                 option = f"--{name.replace('_', '-')}"
@@ -101,9 +117,15 @@ class ControllerRunConfig(Placement):
 
         return JointTuning(backbone, self.tune_backbone, self.tune_rate)
 
+    def laying_out(self) -> dict[str, Any]:
+        """How kept tokens are laid out, if any are dropped."""
+        return {"positions": self.positions if "tokens" in self.axes else "original", "merge": self.merge}
+
     def sizes(self, backbone: Backbone, **more: Any) -> ControllerConfig:
         """Of the controller to train."""
-        more = {"width": self.width, "axes": check_axes(self.axes), "rule": self.rule, **more}
+        same = ("width", "rule", "initial_spread")
+        own = {**self.laying_out(), "axes": check_axes(self.axes), "initial_logit": self.initial_spread}
+        more = {**own, **{name: getattr(self, name) for name in same}, **more}
         return ControllerConfig.for_layout(backbone.layout, backbone.hidden, **more)
 
     def initial_weights(self, backbone: Backbone, sizes: ControllerConfig) -> dict[str, Any] | None:
@@ -121,6 +143,11 @@ class ControllerRunConfig(Placement):
             raise InputError(
                 f"--init-from {str(self.init_from)!r} has a controller of width {controller.config.width}, this run "
                 f"one of width {sizes.width}; give --width {controller.config.width}"
+            )
+        if controller.config.rule != sizes.rule:
+            raise InputError(
+                f"--init-from {str(self.init_from)!r} was trained with the rule {controller.config.rule}, this run has "
+                f"{sizes.rule}; give --rule {controller.config.rule}"
             )
         return controller.state_dict()
 

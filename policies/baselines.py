@@ -15,6 +15,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.masks import AXES, Masks
+from policies.even import EvenPlanner
 from policies.projection import project
 from policies.static import STATIC
 
@@ -140,6 +141,7 @@ def random_waits(
 BASELINES: dict[str, Callable[..., Planner]] = {
     "full": FullPlanner,
     "random": partial(RandomPlanner, axes=AXES),
+    "even": EvenPlanner,
     **{f"random-{axis}": partial(RandomPlanner, axes=(axis,)) for axis in AXES[1:]},
     **STATIC,
 }

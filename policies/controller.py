@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from backbones.cost import mlp_flops
 from backbones.errors import InputError
 from backbones.masks import AXES, MaskLayout, check_axes
+from backbones.survivors import Survivors
+from policies.even import even_confidence
 
 SHARE_FEATURES = 4
 RULES = ("threshold", "fill")
@@ -33,12 +35,15 @@ class ControllerConfig:
         hidden: D, the width of the backbone whose encodings it reads.
         width: W, its own.
         pools: K, learned poolings of the question.
-        initial_logit: keep-logit of every unit before training.
+        initial_logit: mean keep-logit of visual tokens before training.
+        initial_spread: how far they lie around it, in an order of which every part is spread evenly over the image;
+            head slots begin half as far above the mean, layers as far (``policies.even``); 0: all units are alike.
         text_tokens: longest prompt with positions of their own; later tokens share the last.
         axes: what it decides on; units of other axes are always kept.
         rule: how logits become a plan. ``"threshold"``: units with a positive logit, as many as there are, projected
-            into the budget where they exceed it. ``"fill"``: the last level that is decided spends what the budget
-            leaves, by a common shift of its logits.
+            into the budget where they exceed it. ``"fill"``: all logits are shifted by one number until the
+            plan that they stand for spends the budget; the second level again, given the tokens kept.
+        positions, merge: how the kept tokens are laid out; see ``backbones.survivors``.
     """
 
     tokens: int
@@ -48,14 +53,18 @@ class ControllerConfig:
     width: int = 48
     pools: int = 4
     initial_logit: float = 2.0
+    initial_spread: float = 2.0
     text_tokens: int = 64
     axes: tuple[str, ...] = AXES
     rule: str = "threshold"
+    positions: str = "original"
+    merge: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", check_axes(self.axes))
         if self.rule not in RULES:
             raise InputError(f"the controller's rule is {self.rule!r}; it must be one of {', '.join(RULES)}")
+        Survivors.asked(0, self.positions, self.merge)  # checks
 
     @classmethod
     def for_layout(cls, layout: MaskLayout, hidden: int, **sizes: Any) -> ControllerConfig:
@@ -97,6 +106,7 @@ class TwoLevelController(nn.Module):
         self.read_context = nn.Linear(2 * w + SHARE_FEATURES, w)
         self.modulate = nn.Linear(w, 2 * w)
         self.token_head = nn.Linear(w, 1)
+        self.token_bias = nn.Parameter(torch.empty(config.tokens))
         self.read_kept = nn.Linear(2 * w + 2 * SHARE_FEATURES, w)
         self.llm_head = nn.Linear(w, config.layers * config.heads + config.layers)
         self._initialise()
@@ -106,7 +116,14 @@ class TwoLevelController(nn.Module):
         nn.init.normal_(self.visual_places, std=0.02)
         for head in (self.token_head, self.llm_head):
             nn.init.normal_(head.weight, std=0.01)
-            nn.init.constant_(head.bias, self.config.initial_logit)
+            nn.init.zeros_(head.bias)
+        mean, spread = self.config.initial_logit, self.config.initial_spread
+        with torch.no_grad():
+            bias_A = mean + spread * even_confidence(
+                MaskLayout(self.config.tokens, self.config.layers, self.config.heads)
+            )
+            self.token_bias.copy_(bias_A[: self.config.tokens])
+            self.llm_head.bias.copy_(bias_A[self.config.tokens :])
 
     def read(
         self, visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor
@@ -133,7 +150,7 @@ class TwoLevelController(nn.Module):
 
     def token_logits(self, reading: Reading) -> Tensor:
         """Level 1: keep-logits (B, N)."""
-        return self.token_head(reading.tokens_BNW)[..., 0]
+        return self.token_head(reading.tokens_BNW)[..., 0] + self.token_bias
 
     def llm_logits(self, reading: Reading, kept_BN: Tensor, left_B: Tensor) -> Tensor:
         """Level 2: keep-logits (B, A2) of the head slots, layer by layer, then of the layers.
@@ -157,7 +174,8 @@ class TwoLevelController(nn.Module):
         question = text_tokens * (2 * mlp_flops(1, d, c.pools)) + mlp_flops(1, c.pools * d, w)  # score, then pool
         level1 = mlp_flops(c.tokens, d, w) + mlp_flops(1, 2 * w + SHARE_FEATURES, w, 2 * w) + mlp_flops(c.tokens, w, 1)
         level2 = mlp_flops(1, 2 * w + 2 * SHARE_FEATURES, w, self.llm_head.out_features)
-        return question + level1 + level2
+        twice = c.rule == "fill" and "tokens" in c.axes and len(c.axes) > 1
+        return question + level1 + level2 * (1 + twice)
 
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)

@@ -5,7 +5,8 @@ Shape legend: B rows, A flat action length, A2 decisions of the second level, N 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.masks import Masks
+from backbones.plan_cost import calibration_flops, merging_flops
 from backbones.soft_decoder import Gates, soft_llm_flops
+from backbones.survivors import RESTORED, Survivors
 from policies.controller import Reading, TwoLevelController
 from policies.filling import fill
 from policies.projection import budget_flops, project
@@ -66,9 +69,9 @@ class Decider:
         self.layout = backbone.layout
         self.axes = controller.config.axes
         self.free_A = ~backbone.layout.protected(backbone.device, self.axes)
-        fills = controller.config.rule == "fill"
-        self.fills_llm = fills and bool(self.free_A[self.layout.level2].any())
-        self.fills_tokens = fills and not self.fills_llm
+        self.fills = controller.config.rule == "fill"
+        self.decides_tokens = bool(self.free_A[self.layout.level1].any())
+        self.decides_llm = bool(self.free_A[self.layout.level2].any())
 
     def controller_flops(self, encoding: Encoding) -> Tensor:
         """(B,) FLOPs of each row's decision."""
@@ -85,38 +88,59 @@ class Decider:
         free_BA[:, self.layout.level1] &= encoding.visual_valid_BN
         return free_BA
 
-    def budget_left(self, encoding: Encoding, kept_BN: Tensor, budgets_B: Tensor) -> Tensor:
+    def survivors(self, encoding: Encoding) -> Survivors | None:
+        """How the kept tokens are laid out; None: where they were."""
+        config = self.controller.config
+        return Survivors.asked(len(encoding), config.positions, config.merge, encoding.visual_BND.device)
+
+    def flops(self, encoding: Encoding, gates: Gates) -> Tensor:
+        """(B,) FLOPs of relaxed plans, laying out included and the controller not, differentiable; equal to the cost
+        model's at gates of 0 and 1."""
+        llm_B = soft_llm_flops(self.backbone, encoding, gates)
+        survivors = self.survivors(encoding)
+        if survivors is None:
+            return llm_B
+        shape, available_B = self.backbone.decoder.shape, encoding.visual_valid_BN.sum(1)
+        kept_B = (gates.tokens.double() * encoding.visual_valid_BN).sum(1)
+        moved_B = (kept_B < available_B) & (kept_B > 0)
+        merging_B = merging_flops(shape, available_B - kept_B, kept_B) * (survivors.merged & moved_B)
+        restored_B = (survivors.positions == RESTORED) & moved_B
+        return llm_B + merging_B + calibration_flops(shape, kept_B + encoding.text_tokens) * restored_B
+
+    def _tokens_alone(self, encoding: Encoding, tokens_BN: Tensor) -> Tensor:
+        """(B,) FLOPs of all heads and layers at these tokens, relaxed ones or bits."""
+        rest = Gates.of(self.layout.full(len(encoding), tokens_BN.device))
+        return self.flops(encoding, Gates(tokens_BN.double(), rest.heads, rest.layers))
+
+    def budget_left(self, encoding: Encoding, tokens_BN: Tensor, budgets_B: Tensor) -> Tensor:
         """(B,) share of the cost of all heads and layers at the kept tokens that the budget still pays for."""
-        full = self.layout.full(len(encoding), kept_BN.device)
-        whole_B = self.backbone.cost(encoding, Masks(kept_BN, full.heads, full.layers)).llm
-        return self.limits(encoding, budgets_B).clamp_min(0) / whole_B
+        return self.limits(encoding, budgets_B).clamp_min(0) / self._tokens_alone(encoding, tokens_BN.detach())
 
     def limits(self, encoding: Encoding, budgets_B: Tensor) -> Tensor:
         """(B,) FLOPs that the budgets leave to the plans, the controller's own taken off."""
         return budget_flops(budgets_B, self.backbone.full_llm_flops(encoding)) - self.controller_flops(encoding)
 
     def token_logits(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, temperature: float = 1.0) -> Tensor:
-        """Level 1: keep-logits (B, N); under the ``fill`` rule, where no other level is decided, they spend the budget
-        in expectation."""
+        """Level 1: keep-logits (B, N); under the ``fill`` rule shifted so that they spend the budget in expectation,
+        together with what the second level would do."""
         logits_BN = self.controller.token_logits(reading)
-        if not self.fills_tokens:
+        if not self.fills or not self.decides_tokens:
             return logits_BN
-        rest = Gates.of(self.layout.full(len(encoding), logits_BN.device))
+        limits_B, free_BA, valid_BN = self.limits(encoding, budgets_B), self.free(encoding), encoding.visual_valid_BN
+        if not self.decides_llm:
+            free_BN = free_BA[:, self.layout.level1]
+            return fill(logits_BN, free_BN, partial(self._tokens_alone, encoding), limits_B, temperature)
+        # What the second level would do with all tokens says how the budget is split.
+        whole = self.controller.llm_logits(reading, valid_BN.float(), self.budget_left(encoding, valid_BN, budgets_B))
 
-        def price(gates_BN: Tensor) -> Tensor:
-            return soft_llm_flops(self.backbone, encoding, Gates(gates_BN, rest.heads, rest.layers))
+        def price(gates_BA: Tensor) -> Tensor:
+            return self.flops(encoding, self.gates(gates_BA))
 
-        free_BN = self.free(encoding)[:, self.layout.level1]
-        return fill(logits_BN, free_BN, price, self.limits(encoding, budgets_B), temperature)
+        logits_BA = torch.cat([logits_BN, whole], dim=1)
+        return fill(logits_BA, free_BA, price, limits_B, temperature)[:, self.layout.level1]
 
     def llm_logits(
-        self,
-        encoding: Encoding,
-        reading: Reading,
-        kept_BN: Tensor,
-        budgets_B: Tensor,
-        gates_BN: Tensor | None = None,
-        temperature: float = 1.0,
+        self, encoding: Encoding, reading: Reading, tokens_BN: Tensor, budgets_B: Tensor, temperature: float = 1.0
     ) -> Tensor:
         """Level 2: keep-logits (B, A2) given the tokens kept; under the ``fill`` rule they spend in expectation what
         the budget leaves.
@@ -124,19 +148,17 @@ class Decider:
         Args:
             encoding: B queries.
             reading: of them.
-            kept_BN: bool, the tokens kept.
+            tokens_BN: the tokens kept: bool, or relaxed if gradients are to reach level 1 through level 2.
             budgets_B: shares of the full plan's LLM FLOPs.
-            gates_BN: the same, relaxed, if gradients are to reach level 1 through level 2.
             temperature: of relaxed plans.
         """
-        tokens_BN = kept_BN.float() if gates_BN is None else gates_BN
-        left_B = self.budget_left(encoding, kept_BN, budgets_B)
-        logits = self.controller.llm_logits(reading, tokens_BN, left_B)
-        if not self.fills_llm:
+        tokens_BN = tokens_BN if tokens_BN.is_floating_point() else tokens_BN.float()
+        logits = self.controller.llm_logits(reading, tokens_BN, self.budget_left(encoding, tokens_BN, budgets_B))
+        if not self.fills or not self.decides_llm:
             return logits
 
         def price(gates: Tensor) -> Tensor:
-            return soft_llm_flops(self.backbone, encoding, self.gates(torch.cat([tokens_BN, gates], dim=1)))
+            return self.flops(encoding, self.gates(torch.cat([tokens_BN, gates], dim=1)))
 
         free = self.free_A[self.layout.level2].expand_as(logits)
         return fill(logits, free, price, self.limits(encoding, budgets_B), temperature)
@@ -148,14 +170,26 @@ class Decider:
         return Gates(tokens, heads.unflatten(1, (layout.layers, layout.heads)), layers)
 
     def decide(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, sample: bool) -> Decisions:
-        """Choose both levels in turn: by drawing; or every unit whose logit is positive, but on the level that fills
-        the budget every unit, for ``fit`` to drop the least confident of them."""
+        """Choose both levels in turn: by drawing; or every unit whose logit is positive. Under the ``fill`` rule the
+        most confident tokens, as many as are expected; on the last level that is decided every unit, for ``fit`` to
+        drop the least confident of them."""
         token_logits_BN = self.token_logits(encoding, reading, budgets_B)
-        free_N = self.free_A[self.layout.level1]
-        kept_BN = _choose(token_logits_BN, sample, self.fills_tokens) | ~free_N
-        kept_BN = kept_BN & encoding.visual_valid_BN
+        free_BN = self.free(encoding)[:, self.layout.level1]
+        if sample:
+            kept_BN = _draw(token_logits_BN)
+        elif not self.fills:
+            kept_BN = token_logits_BN > 0
+        elif self.decides_llm:
+            kept_BN = _as_many_as_expected(token_logits_BN, free_BN)
+        else:
+            kept_BN = torch.ones_like(free_BN)
+        kept_BN = (kept_BN | ~self.free_A[self.layout.level1]) & encoding.visual_valid_BN
         llm_logits = self.llm_logits(encoding, reading, kept_BN, budgets_B)
-        bits_BA = torch.cat([kept_BN, _choose(llm_logits, sample, self.fills_llm)], dim=1) | ~self.free_A
+        if sample:
+            kept = _draw(llm_logits)
+        else:
+            kept = torch.ones_like(llm_logits, dtype=torch.bool) if self.fills else llm_logits > 0
+        bits_BA = torch.cat([kept_BN, kept], dim=1) | ~self.free_A
         return Decisions(torch.cat([token_logits_BN, llm_logits], dim=1), bits_BA, self.free(encoding))
 
     def review(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, bits_BA: Tensor) -> Decisions:
@@ -165,13 +199,26 @@ class Decider:
         return Decisions(logits_BA, bits_BA, self.free(encoding))
 
     def fit(self, encoding: Encoding, decisions: Decisions, budgets_B: Tensor) -> Masks:
-        """The decided plans, projected into their budgets with the logits as confidence."""
-        masks = self.layout.unflatten(decisions.bits_BA)
+        """The decided plans, laid out and projected into their budgets with the logits as confidence. Under the
+        ``fill`` rule the last level that is decided makes room alone, as far as it can: it is what spends the rest."""
+        masks = replace(self.layout.unflatten(decisions.bits_BA), survivors=self.survivors(encoding))
+        confidence_BA = decisions.logits_BA.detach().double()
+        if self.fills and self.decides_llm:
+            above_B1 = confidence_BA.amax(1, keepdim=True) - confidence_BA.amin(1, keepdim=True) + 1
+            confidence_BA[:, self.layout.level1] += above_B1
         flops = self.controller_flops(encoding)
-        return project(self.backbone, masks, decisions.logits_BA, budgets_B, encoding, flops, self.axes)
+        return project(self.backbone, masks, confidence_BA, budgets_B, encoding, flops, self.axes)
 
 
-def _choose(logits: Tensor, sample: bool, fills: bool) -> Tensor:
-    if sample:
-        return torch.rand_like(logits) < logits.sigmoid()
-    return torch.ones_like(logits, dtype=torch.bool) if fills else logits > 0
+def _draw(logits: Tensor) -> Tensor:
+    """Bits with the probabilities that the logits stand for."""
+    return torch.rand_like(logits) < logits.sigmoid()
+
+
+def _as_many_as_expected(logits_BN: Tensor, free_BN: Tensor) -> Tensor:
+    """(B, N) the free units with the largest logits, as many as are kept on average when drawn."""
+    counts_B = (logits_BN.sigmoid() * free_BN).sum(1).round()
+    order_BN = logits_BN.masked_fill(~free_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    places_BN = torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
+    rank_BN = torch.empty_like(order_BN).scatter_(1, order_BN, places_BN)
+    return free_BN & (rank_BN < counts_B[:, None])

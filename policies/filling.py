@@ -35,10 +35,13 @@ def fill(logits_BK: Tensor, free_BK: Tensor, price: Price, limits_B: Tensor, tem
         return shifted_BK.sigmoid().where(free_BK, 1.0)
 
     fixed_BK = logits_BK.detach()
-    shift_B = _solve(lambda shift_B: price(gates(shift_B, fixed_BK)), limits_B.double(), fixed_BK, temperature)
+    shift_B = _solve(lambda shift_B: price(gates(shift_B, fixed_BK)), limits_B.detach().double(), fixed_BK, temperature)
     slope_B = _slope(lambda shift_B: price(gates(shift_B, fixed_BK)), shift_B)
+    over_B = price(gates(shift_B, logits_BK)) - limits_B
+    # Nothing moves where the limit cannot be met.
+    slope_B = slope_B.where(over_B.detach().abs() < 1e-3 * limits_B.detach(), -torch.inf)
     # One Newton step from the solution: worth nothing, with the derivative of the solution itself.
-    shift_B = shift_B - (price(gates(shift_B, logits_BK)) - limits_B) / slope_B
+    shift_B = shift_B - (over_B - over_B.detach()) / slope_B
     return logits_BK - shift_B[:, None].to(logits_BK.dtype)
 
 
@@ -58,7 +61,7 @@ def _solve(
 
 
 def _slope(spent: Callable[[Tensor], Tensor], shift_B: Tensor) -> Tensor:
-    """(B,) derivative of what is spent by the shift; infinite where the limit cannot be met, so that nothing moves."""
+    """(B,) derivative of what is spent by the shift; infinite where there is next to none."""
     with torch.enable_grad():
         at_B = shift_B.detach().requires_grad_()
         (slope_B,) = torch.autograd.grad(spent(at_B).sum(), at_B)

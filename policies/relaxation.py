@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.encoding import Encoding
-from backbones.soft_decoder import Gates, soft_llm_flops
+from backbones.soft_decoder import Gates
 from policies.decisions import Decider, Decisions
 
 ESTIMATORS = ("gumbel", "soft-topk", "adallava-l", "adallava-h")
@@ -38,8 +38,7 @@ class Relaxed:
 
     def flops(self, decider: Decider, encoding: Encoding) -> Tensor:
         """(B,) relaxed FLOPs, the controller's own included."""
-        charged = decider.controller_flops(encoding)
-        return soft_llm_flops(decider.backbone, encoding, decider.gates(self.soft_BA), charged)
+        return decider.flops(encoding, decider.gates(self.soft_BA)) + decider.controller_flops(encoding)
 
 
 def gumbel_straight_through(
@@ -65,8 +64,7 @@ def gumbel_straight_through(
     soft_BN = _soft(token_logits_BN, free_BN, temperature)
     kept_BN = (token_logits_BN > 0) | ~free_BN
     gates_BN = _straight_through(kept_BN, soft_BN) * encoding.visual_valid_BN
-    kept_BN = kept_BN & encoding.visual_valid_BN
-    llm_logits = _with_noise(decider.llm_logits(encoding, reading, kept_BN, budgets_B, gates_BN))
+    llm_logits = _with_noise(decider.llm_logits(encoding, reading, gates_BN, budgets_B))
     logits_BA = torch.cat([token_logits_BN, llm_logits], dim=1)
     soft_BA = torch.cat([soft_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
     bits_BA = (logits_BA > 0) | ~free_BA
@@ -97,9 +95,8 @@ def soft_top_k(
     free_BN = free_BA[:, decider.layout.level1]
     token_logits_BN = decider.token_logits(encoding, reading, budgets_B, temperature)
     token_logits_BN = token_logits_BN + noise * torch.randn_like(token_logits_BN)
-    kept_BN = ((token_logits_BN > 0) | ~free_BN) & encoding.visual_valid_BN
     gates_BN = _soft(token_logits_BN, free_BN, temperature) * encoding.visual_valid_BN
-    llm_logits = decider.llm_logits(encoding, reading, kept_BN, budgets_B, gates_BN, temperature)
+    llm_logits = decider.llm_logits(encoding, reading, gates_BN, budgets_B, temperature)
     llm_logits = llm_logits + noise * torch.randn_like(llm_logits)
     gates_BA = torch.cat([gates_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
     return Relaxed(gates_BA, gates_BA)

@@ -1,5 +1,7 @@
 """Relaxed decisions: what is sampled, what is priced, and how far the gradients are from the exact ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ BUDGETS = torch.linspace(0.6, 0.95, ROWS, dtype=torch.float64)
 
 @pytest.mark.parametrize("fit", [False, True])
 def test_straight_through_gates_are_bits_with_the_sigmoids_gradient(small, encoding, fit):
-    decider = decider_of(small)
+    decider = decider_of(small, initial_logit=3.0)
     relaxed = gumbel_straight_through(decider, encoding, BUDGETS, 1.0, fit)
     gates = relaxed.gates_BA
     assert ((gates.detach() == 0) | (gates.detach() == 1)).all()
@@ -75,6 +77,30 @@ def test_a_soft_top_k_costs_its_budget(small, encoding, temperature, axes):
     assert torch.allclose(spent, 0.9 * BUDGETS, atol=1e-4)
     looser = soft_top_k(decider, encoding, 0.9 * BUDGETS + 0.04, temperature)
     assert (looser.gates_BA.mean(1) > relaxed.gates_BA.mean(1)).all()
+
+
+@pytest.mark.parametrize("positions", ["original", "restored"])
+def test_relaxed_flops_are_the_cost_models_at_bits(small, encoding, positions):
+    decider = decider_of(small, rule="fill", positions=positions)
+    reading = decider.read(encoding, BUDGETS)
+    bits_BA = decider.decide(encoding, reading, BUDGETS, sample=True).bits_BA
+    bits_BA[0] = True
+    masks = replace(small.layout.unflatten(bits_BA), survivors=decider.survivors(encoding))
+    assert torch.equal(
+        decider.flops(encoding, decider.gates(bits_BA.float())), small.cost(encoding, masks).llm.double()
+    )
+
+
+def test_a_filling_plan_keeps_as_many_tokens_as_it_would_on_average(small, encoding):
+    decider = decider_of(small, rule="fill", initial_spread=1.0)
+    rows = encoding.rows(torch.zeros(3000, dtype=torch.long))
+    for budget in (0.5, 0.7, 0.9):
+        budgets = torch.full((3000,), budget, dtype=torch.float64)
+        drawn, best = (
+            decider.decide(rows, decider.read(rows, budgets), budgets, sample).bits_BA[:, small.layout.level1].sum(1)
+            for sample in (True, False)
+        )
+        assert abs(float(drawn.float().mean()) - int(best[0])) < 0.6 and drawn.float().std() > 0.5
 
 
 def test_the_gradient_through_the_shift_is_exact(small, encoding):

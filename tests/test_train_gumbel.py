@@ -11,10 +11,12 @@ import eval.__main__ as eval_main
 import train_gumbel
 import train_rl
 from backbones import EncodingBank, load_backbone
+from backbones.survivors import POSITIONS
+from envs import load_queries
 from eval.controller_runs import RunJournal
 from eval.runs import RunFolder
 from eval.tracking import Tracker
-from policies.learned import load_controller
+from policies.learned import load_controller, planner_of
 from tests.conftest import command
 
 OPTIONS = (
@@ -158,9 +160,28 @@ def test_axes_left_out_stay_full_and_are_saved(monkeypatch, place, tmp_path, scr
     assert records[-1]["kept_tokens"] < 16
 
 
+@pytest.mark.parametrize("script", ["train_gumbel", "train_rl"])
+@pytest.mark.parametrize("rule", ["threshold", "fill"])
+def test_a_controller_keeps_the_layout_that_it_was_trained_with(monkeypatch, place, tmp_path, script, rule):
+    main = {"train_gumbel": train_gumbel, "train_rl": train_rl}[script].main
+    extra = "--envs 8 --rollout-steps 2" if script == "train_rl" else ""
+    options = f"--batch-size 8 --total-queries 32 --budgets 0.6 1 --test-budgets 0.7 --rule {rule} {extra}".split()
+    where = ["--backbone", place / "vlm", "--data", place / "data", "--out", tmp_path / "run"]
+    command(monkeypatch, main, *where, *options)  # restored is the default
+    backbone = load_backbone(str(place / "vlm"))
+    controller = load_controller(tmp_path / "run", backbone)
+    assert controller.config.positions == "restored"
+    encoding = EncodingBank(backbone, load_queries(str(place / "data"), "test")).gather(range(4))
+    masks = planner_of(controller, backbone, "x").plan(encoding, torch.full((4,), 0.7, dtype=torch.float64))
+    assert (masks.survivors.positions == POSITIONS.index("restored")).all() and masks.survivors.merged.all()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())[-1]["budget_violations"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--axes", "layers", "--merge"], "--merge has no effect where --axes are layers; leave it out"),
+        (["--estimator", "adallava-l", "--positions", "original"], "--positions has no effect on adallava-l"),
         (["--axes", "width"], "the axes are width; they must be some of tokens, heads, layers"),
         (["--temperatures", "0.1", "1"], "--temperatures is (0.1, 1.0)"),
         (["--cost-weight", "-1"], "--cost-weight is -1"),

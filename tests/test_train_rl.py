@@ -59,7 +59,7 @@ class Killed(BaseException):
 def test_without_projection_plans_overspend_in_training_and_not_in_use(monkeypatch, place, tmp_path):
     """Null: with projection none does."""
     for name, more in (("free", ["--no-fit"]), ("fitted", [])):
-        train(monkeypatch, place, tmp_path / name, *more)
+        train(monkeypatch, place, tmp_path / name, "--rule", "threshold", *more)
         over = [line["flops"] > line["budget"] for line in lines(tmp_path / name) if "flops" in line]
         assert any(over) == (name == "free")
         records = json.loads((tmp_path / name / "result.json").read_text())
