@@ -1,8 +1,10 @@
 """The experiment command: trains what is missing, tells what it found, and survives what goes wrong."""
 
+import html
 import json
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -212,3 +214,50 @@ def test_dropped_patches_are_dark():
 def test_a_cell_without_files_is_not_done(tmp_path):
     cell = Cell(ARMS[1], 0, tmp_path)
     assert not cell.done and not cell.trained and cell.failure() is None
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+ON_A_PHONE = """<!doctype html><title>loading</title><iframe id="page" style="width: 390px; height: 800px"></iframe>
+<script>
+const frame = document.getElementById("page");
+frame.onload = () => {
+  const page = frame.contentDocument, images = [...page.images];
+  document.title = JSON.stringify({
+    width: page.documentElement.scrollWidth,
+    images: images.length,
+    broken: images.filter(image => !image.complete || !image.naturalWidth).length,
+    heading: page.querySelector("h1").getBoundingClientRect().height,
+    tables: page.querySelectorAll("table").length,
+  });
+};
+frame.srcdoc = PAGE;
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_the_page_can_be_read_on_a_phone(done, tmp_path):
+    """In headless Chromium: nothing is wider than the screen, every picture is shown."""
+    page = tmp_path / "phone.html"
+    page.write_text(ON_A_PHONE.replace("PAGE", json.dumps((done / "report.html").read_text()).replace("</", "<\\/")))
+    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    options = [*quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
+    shown = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
+    assert found["width"] <= 390 and found["images"] >= 5 and found["broken"] == 0
+    assert found["heading"] > 0 and found["tables"] >= 4
+
+
+def test_cells_can_be_done_side_by_side(done, monkeypatch, place, tmp_path):
+    experiment(monkeypatch, place, tmp_path / "out", "--jobs", "2")
+    one, other = (lay_out(folder, ARMS, (0, 1)) for folder in (done, tmp_path / "out"))
+    for mine, theirs in zip(one, other, strict=True):
+        assert theirs.failure() is None
+        for name, column in mine.outcomes().items():
+            # threads may change a last bit, and with it an answer
+            assert np.mean(column != theirs.outcomes()[name]) < 0.2, (mine.arm.name, name)
+
+
+def test_timing_wants_the_machine_for_itself(monkeypatch, place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        experiment(monkeypatch, place, tmp_path / "out", "--jobs", "2", "--timing", "3")
+    assert "--timing needs the machine for itself: leave out --jobs 2" in capsys.readouterr().err

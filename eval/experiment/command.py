@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
 from envs import load_queries
+from envs.queries import DatasetQueries
 from eval import cli
 from eval.evaluate import check_budgets
 from eval.experiment.arms import EXPERIMENTS, TUNED, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
+from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
 from eval.runs import environment, write_atomically
 from eval.tune import GRID, best_settings, evaluate_settings, read_grid
@@ -55,6 +57,8 @@ class Experiment(cli.Placement):
     """Validation queries on which baselines' options are chosen."""
     timing: int = 0
     """Also time so many queries one by one, for the first seed; leave the machine alone meanwhile."""
+    jobs: int = 1
+    """Cells that are worked on at a time, each with its share of the cores; a small VLM gains from as many as cores."""
     quick: bool = False
     """A smaller form to look at: one seed, 6,000 queries a training, 500 test queries, 100 for tuning."""
     wandb: str | None = None
@@ -71,14 +75,12 @@ class Experiment(cli.Placement):
         tuned = self._tune(backbone)
         arms = EXPERIMENTS[self.name](tuned)
         cells = lay_out(self.out, arms, self.seeds)
-        queries = load_queries(self.data, "test")
-        queries = queries.spread(self.test_queries or len(queries))
-        bank = EncodingBank(backbone, queries)
-        with tqdm(cells, desc=self.name, unit="cell") as bar:
-            for cell in bar:
+        queries = self._queries()
+        missing = [cell for cell in cells if not cell.done]
+        with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=self.name, unit="cell") as bar:
+            for cell in self._each(missing, cells, backbone, queries):
                 bar.set_postfix_str(f"{cell.arm.name}, seed {cell.seed}")
-                if not cell.done:
-                    attempt(cell, partial(self._work, cell, cells, backbone, bank))
+                bar.update()
         report = Report(self.name, self.out, cells, self.seeds, self.budgets, backbone, queries)
         report.write()
         print(report.text())
@@ -91,7 +93,9 @@ class Experiment(cli.Placement):
         if len(self.budgets) < 2 or len(set(self.budgets)) != len(self.budgets):
             raise cli.InputError("--budgets: give two or more, each once")
         self.budgets = tuple(sorted(self.budgets))
-        for option in ("total_queries", "tuning_queries"):
+        if self.timing and self.jobs > 1:
+            raise cli.InputError(f"--timing needs the machine for itself: leave out --jobs {self.jobs}")
+        for option in ("total_queries", "tuning_queries", "jobs"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         own = ("name", "backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
@@ -125,6 +129,29 @@ class Experiment(cli.Placement):
             found = {"best": best_settings(records), "left_out": left_out, "records": records}
             write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
         return json.loads(file.read_text())["best"]
+
+    def _queries(self) -> DatasetQueries:
+        queries = load_queries(self.data, "test")
+        return queries.spread(self.test_queries or len(queries))
+
+    def _each(
+        self, missing: Sequence[Cell], cells: Sequence[Cell], backbone: Backbone, queries: DatasetQueries
+    ) -> Iterator[Cell]:
+        """Works on the cells that are missing, and gives each when it is done."""
+        if self.jobs > 1:
+            yield from side_by_side(missing, self.jobs, self._prepare, partial(self._attempt, cells))
+            return
+        bank = EncodingBank(backbone, queries)
+        for cell in missing:
+            self._attempt(cells, (backbone, bank), cell)
+            yield cell
+
+    def _prepare(self) -> tuple[Backbone, EncodingBank]:
+        backbone = self.load(self.backbone)
+        return backbone, EncodingBank(backbone, self._queries())
+
+    def _attempt(self, cells: Sequence[Cell], prepared: tuple[Backbone, EncodingBank], cell: Cell) -> None:
+        attempt(cell, partial(self._work, cell, cells, *prepared))
 
     def _work(self, cell: Cell, cells: Sequence[Cell], backbone: Backbone, bank: EncodingBank) -> None:
         if cell.arm.script is not None and not cell.trained:

@@ -1,0 +1,49 @@
+"""Cells worked on side by side, each process with its share of the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from eval.experiment.cells import Cell
+
+Prepare = Callable[[], Any]
+Work = Callable[[Any, Cell], None]
+
+_prepared: list[Any] = []
+
+
+def side_by_side(cells: Sequence[Cell], jobs: int, prepare: Prepare, work: Work) -> Iterator[Cell]:
+    """The cells in the order in which they are done; those that need others' runs wait until these are.
+
+    Args:
+        cells: of an experiment, not done yet.
+        jobs: processes.
+        prepare: called once in each process.
+        work: called there with what ``prepare`` returned, and a cell.
+    """
+    arms = [cell.arm for cell in cells]
+    waves = [[cell for cell in cells if bool(cell.arm.needs(arms)) == waits] for waits in (False, True)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _begin, (prepare, threads)) as pool:
+        for wave in waves:
+            running = {pool.submit(_run, work, cell): cell for cell in wave}
+            for done in as_completed(running):
+                done.result()
+                yield running[done]
+
+
+def _begin(prepare: Prepare, threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the trainings, which are processes of their own
+    _prepared.append(prepare())
+
+
+def _run(work: Work, cell: Cell) -> None:
+    work(_prepared[0], cell)
