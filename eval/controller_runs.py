@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
 from backbones.masks import AXES, check_axes
+from backbones.survivors import Survivors
 from envs import load_queries
 from eval import report
 from eval.cli import Placement
@@ -19,6 +20,8 @@ from eval.runs import RunFolder
 from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
 from policies.controller import ControllerConfig, TwoLevelController
+from policies.even import EvenPlanner
+from policies.layout import LaidOutPlanner
 from policies.learned import Controller, load_controller, planner_of, save_controller
 
 if TYPE_CHECKING:
@@ -231,20 +234,23 @@ def conclude(
     began: float,
     tuning: JointTuning | None = None,
 ) -> None:
-    """Save the controller and a backbone that was tuned, evaluate beside random plans of equal cost and the plain
-    model, draw and print."""
+    """Save the controller and a backbone that was tuned, evaluate beside the plain model, and random plans and an even
+    one of equal cost, draw and print."""
     save_controller(controller, folder.path)
     if tuning is not None:
         tuning.save(folder.model)
     bank = EncodingBank(backbone, load_queries(config.data, "test", config.test_queries))
-    planners: list[Planner] = [
-        FullPlanner(backbone),
-        RandomPlanner(backbone, config.seed, check_axes(config.axes)),
-        planner_of(controller, backbone, name),
-    ]
+    axes, layout = check_axes(config.axes), config.laying_out()
+    even: Planner = EvenPlanner(backbone, axes=axes)
+    if Survivors.asked(0, **layout) is not None:
+        even = LaidOutPlanner(even, backbone, **layout)
+    untrained: list[Planner] = [FullPlanner(backbone), RandomPlanner(backbone, config.seed, axes), even]
+    # without training, plans of the whole budget are full ones
+    below = [budget for budget in config.test_budgets if budget < 1] or config.test_budgets
     records: list[Record] = []
-    for planner in planners:
-        found, gaps = outcomes_met(planner, backbone, bank, config.test_budgets, config.seed)
+    for planner in [*untrained, planner_of(controller, backbone, name)]:
+        budgets = below if planner in untrained else config.test_budgets
+        found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed)
         records += [outcome.record for outcome in found]
         for reason in gaps.values():
             print(f"{planner.name} left out: {reason}")

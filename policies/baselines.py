@@ -141,7 +141,7 @@ def random_waits(
 BASELINES: dict[str, Callable[..., Planner]] = {
     "full": FullPlanner,
     "random": partial(RandomPlanner, axes=AXES),
-    "even": EvenPlanner,
+    "even": partial(EvenPlanner, axes=AXES),
     **{f"random-{axis}": partial(RandomPlanner, axes=(axis,)) for axis in AXES[1:]},
     **STATIC,
 }

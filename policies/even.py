@@ -6,13 +6,14 @@ Shape legend: A flat action length.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
-from backbones.masks import MaskLayout, Masks
+from backbones.masks import AXES, MaskLayout, Masks
 from policies.projection import project
 
 
@@ -43,19 +44,21 @@ class EvenPlanner:
     Args:
         backbone: prices the plans.
         seed: not used; nothing is drawn.
+        axes: what may be dropped: all of ``AXES``, or some.
     """
 
-    name = "even"
     budgeted = True
 
-    def __init__(self, backbone: Backbone, seed: int = 0):
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, seed: int = 0, axes: Sequence[str] = AXES):
+        self.backbone, self.axes = backbone, axes
+        self.name = "even" if tuple(axes) == AXES else f"even-{'-'.join(axes)}"
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         """Plans within their budgets."""
         device = encoding.visual_BND.device
         confidence_BA = even_confidence(self.backbone.layout).to(device).expand(len(encoding), -1)
-        return project(self.backbone, self.backbone.full(encoding), confidence_BA, budgets_B.to(device), encoding)
+        full = self.backbone.full(encoding)
+        return project(self.backbone, full, confidence_BA, budgets_B.to(device), encoding, axes=self.axes)
 
     def controller_flops(self, encoding: Encoding) -> int:
         return 0

@@ -35,7 +35,7 @@ def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, 
     assert [(record["policy"], record["budget"]) for record in records] == [
         ("full", 1.0),
         ("random", 0.6),
-        ("random", 1.0),
+        ("even@restored", 0.6),
         ("rl", 0.6),
         ("rl", 1.0),
     ]
