@@ -166,7 +166,7 @@ def prepare_vision(config: BackboneConfig, backbone: Backbone, queries: DatasetQ
 
 
 def optimizer(config: BackboneConfig, backbone: Backbone) -> MuonAdamW | None:
-    """What trains from scratch; None: the trainer's own AdamW."""
+    """Muon beside AdamW where it has a rate; None: the trainer's own AdamW."""
     rate = config.muon_rate
     if rate is None:
         rate = 4e-3 if config.backbone == "scratch" else 0.0

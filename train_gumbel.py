@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
-from backbones.masks import AXES
 from envs import load_queries
 from envs.scoring import reference
 from eval import cli
-from eval.controller_runs import INITIAL_SPREAD, ControllerRunConfig, RunJournal, conclude
+from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
 from eval.report import markdown
 from eval.runs import RunFolder
 from eval.tracking import Tracker
@@ -86,10 +85,9 @@ class GumbelConfig(ControllerRunConfig):
         if self.estimator == "soft-topk" and self.rule != "fill":
             raise InputError(f"--rule {self.rule} has no effect on soft-topk, whose plans always cost their budgets")
         if self.is_adallava:
-            idle: dict[str, Any] = {"axes": AXES, "rule": "fill", "distillation": 0.0, "init_from": None}
-            idle |= {"positions": "restored", "merge": False, "initial_spread": INITIAL_SPREAD}
-            for name, default in idle.items():
-                if getattr(self, name) != default:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in IDLE_FOR_ADALLAVA:
+                if getattr(self, name) != defaults[name]:
                     option = f"--{name.replace('_', '-')}"
                     raise InputError(f"{option} has no effect on {self.estimator}; leave it out")
 
@@ -258,6 +256,9 @@ class Trainer:
         self.journal.load_state(state)
         restore_random_state(tensors, state["random"])
 
+
+IDLE_FOR_ADALLAVA = ("axes", "rule", "positions", "merge", "initial_spread", "distillation", "init_from")
+"""Options of the two-level controller, and of losses that it alone has."""
 
 TEMPERATURES = {"gumbel": (2.0, 0.5), "soft-topk": (1.0, 0.2)}
 """By estimator; AdaLLaVA's own has 5 throughout."""

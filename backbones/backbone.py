@@ -25,9 +25,8 @@ from backbones.errors import InputError
 from backbones.family import Family
 from backbones.kv_cache import KVCache
 from backbones.masks import MaskLayout, Masks
-from backbones.packed import pack
+from backbones.packed import Packed, pack
 from backbones.plan_cost import making_flops
-from backbones.ragged import Ragged
 from backbones.saliency import SIGNALS, stack
 from backbones.stages import token_counts
 
@@ -336,14 +335,10 @@ class Backbone:
             )
         return replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
 
-    def pack(self, encoding: Encoding, masks: Masks) -> tuple[Tensor, Ragged, Tensor]:
-        """Gather the kept visual tokens and the text in sequence order.
-
-        Returns:
-            Embeddings (P, D), the rows' lengths, and each token's rotary position in the unpruned sequence (P, R).
-        """
-        tokens = pack(encoding, masks)
-        return tokens.x_PD, tokens.ragged, tokens.rope_PR
+    def pack(self, encoding: Encoding, masks: Masks) -> Packed:
+        """The kept visual tokens and the text in sequence order, as the plans lay them out."""
+        arranged = arrange(encoding, masks)
+        return pack(arranged.encoding, masks, arranged.sizes_BN, arranged.restored_B)
 
     def prefill(self, encoding: Encoding, masks: Masks, cache: bool = False) -> tuple[Tensor, KVCache | None]:
         """Logits of the first answer token (B, V) under each row's plan; differentiable."""

@@ -39,7 +39,6 @@ class Calibration:
     prompts_B: Tensor | None = None
 
     def only(self, keep_P: Tensor) -> Calibration:
-        """Of some tokens: a mask over the packed ones, or their places."""
         return replace(self, sizes_P=self.sizes_P[keep_P], first_P=self.first_P[keep_P])
 
     def biases(self, cos_PW: Tensor, sin_PW: Tensor, ragged: Ragged) -> tuple[Bias, Bias]:
@@ -61,26 +60,6 @@ class Calibration:
             mask_BSS = log_BSS.masked_fill(~seen_BSS, -torch.inf)
             biases.append(Bias(mask_BSS[:, None].to(cos_PW.dtype), log_BS.to(cos_PW.dtype)))
         return biases[0], biases[1]
-
-
-def calibrate(
-    sizes_BN: Tensor | None, restored_B: Tensor | None, kept_BN: Tensor, text_valid_BT: Tensor
-) -> Calibration | None:
-    """Of all visual and text tokens, packed row after row; None where no row is restored.
-
-    Args:
-        sizes_BN: tokens that each visual one stands for.
-        restored_B: rows that are calibrated.
-        kept_BN: bool, the visual tokens over which the first layer takes the mean.
-        text_valid_BT: bool, False where padded; each stands for itself.
-    """
-    if sizes_BN is None or restored_B is None or not bool(restored_B.any()):
-        return None
-    ones_BT = sizes_BN.new_ones(text_valid_BT.shape)
-    uniform_B1 = (sizes_BN * kept_BN).sum(1, keepdim=True) / kept_BN.sum(1, keepdim=True).clamp_min(1)
-    sizes_BS = torch.cat([sizes_BN, ones_BT], dim=1)
-    first_BS = torch.cat([uniform_B1.expand_as(sizes_BN), ones_BT], dim=1)
-    return Calibration(sizes_BS.flatten(), first_BS.flatten(), restored_B)
 
 
 @dataclass(frozen=True)

@@ -126,25 +126,6 @@ class MaskedDecoder:
             )
         return replace(tokens, x_PD=self.model.norm(tokens.x_PD)), kv, masks
 
-    def prefill(
-        self, x_PD: Tensor, ragged: Ragged, rope_PR: Tensor, masks: Masks, cache: bool = False
-    ) -> tuple[Tensor, KVCache | None]:
-        """As ``run``, for plans without stages, whose tokens are those that went in.
-
-        Args:
-            x_PD: input embeddings of the tokens that the plans keep, row after row.
-            ragged: the rows' lengths.
-            rope_PR: rotary position of each token in its unpruned sequence.
-            masks: B plans; their token part has been applied to ``x_PD`` already.
-            cache: whether to keep keys and values for ``extend``.
-
-        Returns:
-            Final hidden states (P, D), normalised, and the cache if asked for.
-        """
-        assert not masks.stages and masks.midway is None, "plans that do more than masks say go through run"
-        plans, kv = self._begin(masks, cache)
-        return self._through(x_PD, Frame(ragged, *self.rope(x_PD, rope_PR)), plans, kv), kv
-
     def extend(self, x_BtD: Tensor, rope_BtR: Tensor, cache: KVCache) -> Tensor:
         """Run t further tokens a row against the cache, which grows by them.
 

@@ -1,6 +1,6 @@
 """Answers' logits with plans really executed, for teacher forcing; differentiable.
 
-Shape legend: B rows, N visual tokens, P packed tokens, D hidden width, T answer tokens of all rows, V vocabulary.
+Shape legend: B rows, P packed tokens, D hidden width, T answer tokens of all rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backbones.arrange import arrange
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.masks import Masks
-from backbones.packed import pack
 
 
 def executed_answer_logits(
@@ -30,8 +28,7 @@ def executed_answer_logits(
         answers: ids of each row's answer, without an end token.
     """
     masks = backbone.restrict(encoding, masks)
-    arranged = arrange(encoding, masks)
-    tokens = pack(arranged.encoding, masks, arranged.sizes_BN, arranged.restored_B)
+    tokens = backbone.pack(encoding, masks)
     if tokens.calibration is not None:
         prompts_B = tokens.ragged.lengths - torch.tensor([len(ids) for ids in answers])
         tokens = replace(tokens, calibration=replace(tokens.calibration, prompts_B=prompts_B))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backbones.calibration import Calibration, calibrate
+from backbones.calibration import Calibration
 from backbones.encoding import Encoding
 from backbones.masks import Masks
 from backbones.ragged import Ragged
@@ -87,8 +87,13 @@ def pack(encoding: Encoding, masks: Masks, sizes_BN: Tensor | None = None, resto
     ragged = Ragged(keep_BS.sum(1).cpu(), x_BSD.device)
     base_B = torch.arange(len(x_BSD), device=x_BSD.device) * x_BSD.shape[1]
     ids_P = (order_BS + base_B[:, None])[ragged.valid_within(x_BSD.shape[1])]
-    calibration = calibrate(sizes_BN, restored_B, masks.tokens, encoding.text_valid_BT)
-    calibration = None if calibration is None else calibration.only(ids_P)
+    calibration = None
+    if sizes_BN is not None and restored_B is not None and bool(restored_B.any()):
+        ones_BT = sizes_BN.new_ones(encoding.text_valid_BT.shape)
+        uniform_BN = (sizes_BN * masks.tokens).sum(1, keepdim=True) / masks.tokens.sum(1, keepdim=True).clamp_min(1)
+        sizes_BS = torch.cat([sizes_BN, ones_BT], dim=1)
+        first_BS = torch.cat([uniform_BN.expand_as(sizes_BN), ones_BT], dim=1)
+        calibration = Calibration(sizes_BS.flatten()[ids_P], first_BS.flatten()[ids_P], restored_B)
     text = encoding.text_valid_BT.shape[1]
     x_PD, rope_PR = x_BSD.flatten(0, 1)[ids_P], rope_BSR.flatten(0, 1)[ids_P]
     return Packed(x_PD, ragged, rope_PR, ids_P, masks.tokens.shape[1], text, calibration)

@@ -15,7 +15,7 @@ from torch import Tensor
 from backbones.cost import DecoderShape
 from backbones.masks import Masks
 from backbones.stages import Asking, Stage, token_counts
-from backbones.survivors import RESTORED
+from backbones.survivors import RESTORED, Survivors
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,10 @@ def making_flops(shape: DecoderShape, masks: Masks, available_B: Tensor, text_B:
     restored_B = torch.zeros_like(kept_B, dtype=torch.bool)
     total_B = torch.zeros_like(kept_B) if masks.making is None else masks.making
     if masks.survivors is not None:
-        moved_B = (kept_B < available_B) & (kept_B > 0)
-        restored_B = (masks.survivors.positions == RESTORED) & moved_B
+        restored_B = is_restored(masks.survivors, kept_B, available_B)
         targets = masks.survivors.targets
         targets_B = kept_B if targets is None else (targets & masks.tokens).sum(1)
-        merging_B = merging_flops(shape, available_B - kept_B, targets_B)
-        total_B = total_B + merging_B * (masks.survivors.merged & moved_B)
-        total_B = total_B + calibration_flops(shape, kept_B + text_B) * restored_B
+        total_B = total_B + laying_out_flops(shape, masks.survivors, kept_B, targets_B, available_B, text_B)
     before_B = kept_B
     for stage in masks.stages:
         works_B = stage.keep < before_B
@@ -117,9 +114,26 @@ def making_flops(shape: DecoderShape, masks: Masks, available_B: Tensor, text_B:
     return total_B
 
 
-def merging_flops(shape: DecoderShape, dropped_B: Tensor, targets_B: Tensor) -> Tensor:
-    """(B,) similarity of every dropped token with every one that it may be merged into; counts, or sums of gates."""
-    return 2 * dropped_B * targets_B * shape.hidden
+def laying_out_flops(
+    shape: DecoderShape, survivors: Survivors, kept_B: Tensor, targets_B: Tensor, available_B: Tensor, text_B: Tensor
+) -> Tensor:
+    """(B,) FLOPs of laying out so many kept tokens, of which others may be merged into ``targets_B``; counts, or sums
+    of gates."""
+    # the similarity of every dropped token with every one that it may be merged into
+    merging_B = (
+        2 * (available_B - kept_B) * targets_B * shape.hidden * (survivors.merged & _is_moved(kept_B, available_B))
+    )
+    return merging_B + calibration_flops(shape, kept_B + text_B) * is_restored(survivors, kept_B, available_B)
+
+
+def is_restored(survivors: Survivors, kept_B: Tensor, available_B: Tensor) -> Tensor:
+    """(B,) bool: rows whose attention is calibrated."""
+    return (survivors.positions == RESTORED) & _is_moved(kept_B, available_B)
+
+
+def _is_moved(kept_B: Tensor, available_B: Tensor) -> Tensor:
+    """(B,) bool: rows that drop something, and keep something to lay out."""
+    return (kept_B < available_B) & (kept_B > 0)
 
 
 def calibration_flops(shape: DecoderShape, n_B: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def _prefill(backbone: Backbone, encoding: Encoding, masks: Masks) -> None:
 
 def _hugging_face(backbone: Backbone, encoding: Encoding) -> None:
     """The stock decoder on the full sequence, up to the first answer token's logits."""
-    x_PD, _, _ = backbone.pack(encoding, backbone.full(encoding))
+    x_PD = backbone.pack(encoding, backbone.full(encoding)).x_PD
     with torch.no_grad():
         hidden = backbone.model.model.language_model(inputs_embeds=x_PD[None], use_cache=False).last_hidden_state
         backbone.model.lm_head(hidden[:, -1])

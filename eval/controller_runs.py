@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from policies.joint_tuning import JointTuning
 
 
-INITIAL_SPREAD = 8.0
-
-
 @dataclasses.dataclass
 class ControllerRunConfig(Placement):
     """Options of every training of a controller."""
@@ -67,7 +64,7 @@ class ControllerRunConfig(Placement):
     of its layers. Saved in the run's `model/`. Off for comparisons of controllers."""
     tune_rate: float = 1e-4
     """Learning rate of the backbone's weights, falling linearly to zero."""
-    initial_spread: float = INITIAL_SPREAD
+    initial_spread: float = 8.0
     """How firmly an untrained controller keeps to its first plan, an even grid of tokens: the first token to leave has
     the logit 0, the last twice this. Small: much is tried; large: little but what is near the plan."""
     width: int = 48

@@ -104,18 +104,15 @@ def random_plans(
     budgets_B: Tensor,
     generator: torch.Generator,
     axes: Sequence[str] = AXES,
-    sharpness: float = 1.0,
 ) -> Masks:
     """Plans drawn at given budgets, (B,) each in (0, 1].
 
-    Each axis gets a rate, the rates a uniform draw from the simplex; a sharpness above 1 brings them nearer to one axis
-    alone (each is raised to this power). Every unit leaves after an exponential waiting time of its axis' rate, and
-    units leave in that order until the plan fits.
+    Units leave in the order of their waiting times (``random_waits``) until the plan fits.
 
     Raises:
         InputError: a budget that dropping all of these axes does not reach.
     """
-    waits_BA = random_waits(backbone, len(encoding), generator, axes, sharpness)
+    waits_BA = random_waits(backbone, len(encoding), generator, axes)
     device = encoding.visual_BND.device
     full = backbone.full(encoding)
     return project(backbone, full, waits_BA.to(device), budgets_B.to(device), encoding, axes=axes)
@@ -128,7 +125,11 @@ def random_waits(
     axes: Sequence[str] = AXES,
     sharpness: float = 1.0,
 ) -> Tensor:
-    """(rows, A) when each unit leaves, of the axes that may; the others' numbers mean nothing."""
+    """(rows, A) when each unit leaves, of the axes that may; the others' numbers mean nothing.
+
+    Each axis gets a rate, the rates a uniform draw from the simplex; a sharpness above 1 brings them nearer to one axis
+    alone (each is raised to this power). Every unit leaves after an exponential waiting time of its axis' rate.
+    """
     layout = backbone.layout
     allowed_3 = torch.tensor([axis in axes for axis in AXES])
     rates_B3 = torch.empty(rows, 3).exponential_(generator=generator) ** sharpness * allowed_3

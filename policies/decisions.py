@@ -15,9 +15,10 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.masks import Masks
-from backbones.plan_cost import calibration_flops, merging_flops
+from backbones.plan_cost import laying_out_flops
 from backbones.soft_decoder import Gates, soft_llm_flops
-from backbones.survivors import RESTORED, Survivors
+from backbones.stages import best_tokens
+from backbones.survivors import Survivors
 from policies.controller import Reading, TwoLevelController
 from policies.filling import fill
 from policies.projection import budget_flops, project
@@ -102,10 +103,7 @@ class Decider:
             return llm_B
         shape, available_B = self.backbone.decoder.shape, encoding.visual_valid_BN.sum(1)
         kept_B = (gates.tokens.double() * encoding.visual_valid_BN).sum(1)
-        moved_B = (kept_B < available_B) & (kept_B > 0)
-        merging_B = merging_flops(shape, available_B - kept_B, kept_B) * (survivors.merged & moved_B)
-        restored_B = (survivors.positions == RESTORED) & moved_B
-        return llm_B + merging_B + calibration_flops(shape, kept_B + encoding.text_tokens) * restored_B
+        return llm_B + laying_out_flops(shape, survivors, kept_B, kept_B, available_B, encoding.text_tokens)
 
     def _tokens_alone(self, encoding: Encoding, tokens_BN: Tensor) -> Tensor:
         """(B,) FLOPs of all heads and layers at these tokens, relaxed ones or bits."""
@@ -180,7 +178,8 @@ class Decider:
         elif not self.fills:
             kept_BN = token_logits_BN > 0
         elif self.decides_llm:
-            kept_BN = _as_many_as_expected(token_logits_BN, free_BN)
+            expected_B = (token_logits_BN.sigmoid() * free_BN).sum(1).round()
+            kept_BN = best_tokens(token_logits_BN, free_BN, expected_B)
         else:
             kept_BN = torch.ones_like(free_BN)
         kept_BN = (kept_BN | ~self.free_A[self.layout.level1]) & encoding.visual_valid_BN
@@ -213,12 +212,3 @@ class Decider:
 def _draw(logits: Tensor) -> Tensor:
     """Bits with the probabilities that the logits stand for."""
     return torch.rand_like(logits) < logits.sigmoid()
-
-
-def _as_many_as_expected(logits_BN: Tensor, free_BN: Tensor) -> Tensor:
-    """(B, N) the free units with the largest logits, as many as are kept on average when drawn."""
-    counts_B = (logits_BN.sigmoid() * free_BN).sum(1).round()
-    order_BN = logits_BN.masked_fill(~free_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    places_BN = torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
-    rank_BN = torch.empty_like(order_BN).scatter_(1, order_BN, places_BN)
-    return free_BN & (rank_BN < counts_B[:, None])

@@ -29,15 +29,14 @@ from backbones.errors import InputError
 from backbones.executed import executed_answer_logits
 from backbones.masks import Masks
 from backbones.shared_prefix import answer_logits, can_share
-from backbones.survivors import Survivors
+from backbones.survivors import RESTORED, Survivors
 from policies.baselines import random_waits
 from policies.coherent import reorder_tokens
 from policies.projection import least_share, project
 
 SHARPNESS = 3.0
-"""Of the split between tokens, heads and layers in training plans (``random_plans``): a third of them cut
+"""Of the split between tokens, heads and layers in training plans (``random_waits``): a third of them cut
 almost nothing but one, for a model loses most under kinds of plans that it has not met."""
-
 
 RESTORED_SHARE = 0.5
 """Of the training plans whose dropped tokens are merged into kept ones with restored positions."""
@@ -216,12 +215,11 @@ class ElasticTrainer(SFTTrainer):
         least_B = least_share(self.backbone, encoding).cpu()
         waits_BA = random_waits(self.backbone, len(encoding), generator, sharpness=SHARPNESS)
         waits_BA = reorder_tokens(waits_BA, encoding, generator)
-        restored_B = torch.rand(len(encoding), generator=generator) < RESTORED_SHARE
         device = encoding.visual_BND.device
-        full = self.backbone.full(encoding)
-        layouts = (Survivors.plain(len(encoding), name, device=device) for name in ("original", "restored"))
-        plain, laid = (replace(full, survivors=layout) for layout in layouts)
-        plans = laid.where(restored_B.to(device), plain)
+        restored_B = (torch.rand(len(encoding), generator=generator) < RESTORED_SHARE).to(device)
+        layout = Survivors.plain(len(encoding), device=device)
+        layout = replace(layout, positions=RESTORED * restored_B, merged=restored_B)
+        plans = replace(self.backbone.full(encoding), survivors=layout)
         return project(self.backbone, plans, waits_BA.to(device), budgets_B.maximum(least_B).to(device), encoding)
 
 

@@ -245,7 +245,7 @@ def test_rules_inside_take_the_attention_that_the_model_pays(small, source, poli
 def test_fastv_keeps_what_the_last_token_attends_to(small, source):
     """From the attention weights of Hugging Face's own decoder."""
     encoding = EncodingBank(small, source).gather([3])
-    x, _, _ = small.pack(encoding, small.full(encoding))
+    x = small.pack(encoding, small.full(encoding)).x_PD
     language_model = small.model.model.language_model
     language_model.set_attn_implementation("eager")
     try:
