@@ -15,6 +15,7 @@ from tqdm import tqdm
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
 from envs import load_queries
+from envs.core import draw_budgets
 from envs.scoring import reference
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
@@ -154,8 +155,8 @@ class Trainer:
     def draw(self) -> RelaxedBatch:
         """Queries and budgets from NumPy's global generator, whose state is in every checkpoint."""
         numbers = np.random.randint(len(self.bank), size=self.config.batch_size)
-        low, high = self.config.budgets
-        shares = torch.from_numpy(np.random.uniform(low, high, self.config.batch_size)).to(self.backbone.device)
+        budgets = draw_budgets(np.random, self.config.budgets, self.config.batch_size)
+        shares = torch.from_numpy(budgets).to(self.backbone.device)
         prompts = self.bank.gather(numbers)
         answers = [self.backbone.answer_ids(reference(accepted)) for accepted in prompts.answers]
         # what stands in the places that the learner wants is replaced by it

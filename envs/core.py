@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -46,7 +47,7 @@ class MaskingCore:
         data: the queries; a name, a path, or a source.
         split: of the data.
         reward: a name, a dotted path, several with weights, or a function of ``RewardTerms``.
-        budgets: each episode's budget is uniform between these two.
+        budgets: each episode's budget is log-uniform between these two; see ``draw_budgets``.
         observation: ``"id"``: the query's number in the bank; ``"features"``: its visual tokens and text embeddings.
         controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
             text tokens.
@@ -113,7 +114,7 @@ class MaskingCore:
     def draw(self, rng: np.random.Generator) -> tuple[int, np.float32]:
         """A query number and a budget."""
         number = int(rng.integers(len(self.source)))
-        return number, np.float32(rng.uniform(*self.budgets))
+        return number, np.float32(draw_budgets(rng, self.budgets))
 
     def observe(self, numbers: np.ndarray, budgets: np.ndarray) -> dict[str, np.ndarray]:
         """Observations of B slots, each entry (B, …), freshly allocated.
@@ -193,6 +194,18 @@ class MaskingCore:
             return None
         predict = partial(self.latency_model.predict, self.backbone, encoding)
         return _array(predict(masks) / predict(self.backbone.full(encoding)))
+
+
+def draw_budgets(rng: Any, bounds: Sequence[float], count: int | None = None) -> Any:
+    """Budgets whose logarithm is uniform between the bounds: half of them lie below the geometric mean, for most is to
+    be learned where little may be spent.
+
+    Args:
+        rng: a NumPy generator, or NumPy's global one.
+        bounds: shares, the lower first.
+        count: how many, as an array; None: one number.
+    """
+    return np.exp(rng.uniform(*np.log(bounds), count))
 
 
 def _array(values: Tensor) -> np.ndarray:

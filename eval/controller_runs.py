@@ -48,7 +48,7 @@ class ControllerRunConfig(Placement):
     merge: bool = False
     """Average dropped tokens into the kept ones that they resemble; restored does so anyway."""
     budgets: tuple[float, float] = (0.2, 1.0)
-    """Each training query's budget is uniform between these shares of the full plan's LLM FLOPs."""
+    """Each training query's budget is log-uniform between these shares of the full plan's LLM FLOPs."""
     total_queries: int = 60_000
     """Plans to answer in training (rounded up to whole batches)."""
     seed: int = 0

@@ -33,11 +33,11 @@ ARMS = [
 ]
 
 
-def experiment(monkeypatch, place, out, *more):
+def experiment(monkeypatch, place, out, *more, name="training"):
     monkeypatch.setitem(arms.EXPERIMENTS, "training", lambda tuned: ARMS)
     where = ["--backbone", place / "vlm", "--data", place / "said", "--out", out]
     options = "--budgets 0.1 0.6 1 --total-queries 64 --seeds 0 1"
-    run_command(monkeypatch, eval_main.main, "experiment", "training", *where, *options.split(), *more)
+    run_command(monkeypatch, eval_main.main, "experiment", name, *where, *options.split(), *more)
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +56,24 @@ def place(place):
 @pytest.fixture(scope="module")
 def done(place, tmp_path_factory):
     """A finished experiment of two seeds, whose trainings ran as processes of their own."""
-    out = tmp_path_factory.mktemp("experiment") / "training"
+    out = tmp_path_factory.mktemp("experiment") / "said"
     with pytest.MonkeyPatch.context() as patch:
         experiment(patch, place, out)
     return out
 
 
 def test_everything_that_is_promised_is_there(done):
-    names = {path.name for path in done.iterdir()}
-    files = "experiment.json tables.md accuracy.csv interquartile.csv paired.csv cost.csv convergence.csv report.html"
+    assert {path.name for path in done.iterdir()} == {"experiment.json", "cells", "training"}
+    names = {path.name for path in (done / "training").iterdir()}
+    files = "tables.md accuracy.csv interquartile.csv paired.csv cost.csv convergence.csv report.html"
     pictures = "accuracy-llm-flops accuracy-total-flops budgets learning"
     assert set(files.split()) | {f"{name}.{kind}" for name in pictures.split() for kind in ("png", "svg")} <= names
     assert "kept-0.png" in names
-    text = (done / "tables.md").read_text()
-    assert re.search(r"At 60 % of the LLM FLOPs gumbel keeps \d+\.\d %, rl keeps \d+\.\d % of full accuracy\.", text)
+    text = (done / "training" / "tables.md").read_text()
+    assert re.search(r"At 60 % of the LLM FLOPs rl keeps \d+\.\d %, gumbel keeps \d+\.\d % of full accuracy\.", text)
     assert "### Paired comparisons" in text
     assert "Without figures: random at 0.1:" in text, "a budget that cannot be met is a gap with its reason"
-    page = (done / "report.html").read_text()
+    page = (done / "training" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "http" not in page.replace("http-equiv", "")
     assert "train_gumbel" in page and 'name="viewport"' in page
 
@@ -95,7 +96,7 @@ def test_a_cell_can_be_computed_again_from_its_run(done, place):
 
 
 def test_what_is_there_is_not_done_again_and_what_failed_is(monkeypatch, done, place, tmp_path):
-    out = tmp_path / "training"
+    out = tmp_path / "said"
     shutil.copytree(done, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")}
     broken = out / "cells" / "gumbel" / "seed-1"
@@ -103,7 +104,7 @@ def test_what_is_there_is_not_done_again_and_what_failed_is(monkeypatch, done, p
     broken.mkdir()
     (broken / "run").write_text("in the way")
     experiment(monkeypatch, place, out)
-    assert "gumbel, seed 1" in (out / "report.html").read_text()
+    assert "gumbel, seed 1" in (out / "training" / "report.html").read_text()
     assert "is a file; choose another --out" in (broken / "failure.txt").read_text()
     (broken / "run").unlink()
     experiment(monkeypatch, place, out)
@@ -120,6 +121,7 @@ def test_what_is_there_is_not_done_again_and_what_failed_is(monkeypatch, done, p
         (["--seeds", "0", "1", "0"], "--seeds 0 1 0: give one or more, each once"),
         (["--budgets", "0.5"], "--budgets: give two or more, each once"),
         (["--budgets", "0.5", "2"], "budget 2 is outside (0, 1]"),
+        (["--arms", "gumble"], "--arms has 'gumble'; training has 'full', 'random', 'gumbel', 'rl', 'stride, half'"),
         (["--total-queries", "0"], "--total-queries is 0; it must be at least 1"),
         (["--total-queries", "65"], "was begun with total_queries 64, now 65; go on with the same"),
     ],
@@ -149,6 +151,29 @@ def test_quick_is_smaller():
     assert (quick.seeds, quick.total_queries, quick.test_queries, quick.tuning_queries) == ((0,), 6000, 500, 100)
 
 
+def test_a_name_means_the_same_in_every_experiment():
+    """Or experiments in one folder would take each other's cells for their own."""
+    by_name = {}
+    for make in arms.EXPERIMENTS.values():
+        for arm in make({}):
+            assert by_name.setdefault(arm.name, arm) == arm
+
+
+def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, done, place, tmp_path):
+    out = tmp_path / "said"
+    shutil.copytree(done, out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")}
+    monkeypatch.setitem(arms.EXPERIMENTS, "dimensions", lambda tuned: [*ARMS[:4], Arm("stride", "stride")])
+    experiment(monkeypatch, place, out, "--arms", "rl", name="dimensions")
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")} == before
+    assert "stride, seed 0</b>: not measured yet" in (out / "dimensions" / "report.html").read_text()
+    experiment(monkeypatch, place, out, name="dimensions")
+    after = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")}
+    assert {path.parent.parent.name for path in after.keys() - before.keys()} == {"stride"}
+    assert all(after[path] == when for path, when in before.items())
+    assert (out / "dimensions" / "report.html").exists() and (out / "training" / "report.html").exists()
+
+
 @pytest.mark.parametrize("name", list(arms.EXPERIMENTS))
 def test_arms_have_names_of_their_own_and_what_they_need(name):
     made = arms.EXPERIMENTS[name]({})
@@ -170,6 +195,9 @@ def test_paired_tests_find_a_difference_and_none_where_there_is_none():
     other = rng.random(4000) < 0.8
     found = compare([("a", "b", 0.5, better * 1.0, base * 1.0), ("c", "c", 0.5, base * 1.0, base * 1.0)])
     assert [each.verdict for each in found] == ["above", "no difference shown"]
+    turned = found[0].mirrored
+    assert (turned.first, turned.second, turned.verdict) == ("b", "a", "below")
+    assert turned.difference.low < turned.difference.value == -found[0].difference.value < turned.difference.high
     assert found[0].difference.low < float(better.mean() - base.mean()) < found[0].difference.high
     assert compare([("b", "a", 0.5, base * 1.0, better * 1.0)])[0].verdict == "below"
     assert compare([("o", "b", None, other * 1.0, base * 1.0)])[0].verdict == "no difference shown"
@@ -238,7 +266,8 @@ frame.srcdoc = PAGE;
 def test_the_page_can_be_read_on_a_phone(done, tmp_path):
     """In headless Chromium: nothing is wider than the screen, every picture is shown."""
     page = tmp_path / "phone.html"
-    page.write_text(ON_A_PHONE.replace("PAGE", json.dumps((done / "report.html").read_text()).replace("</", "<\\/")))
+    text = (done / "training" / "report.html").read_text()
+    page.write_text(ON_A_PHONE.replace("PAGE", json.dumps(text).replace("</", "<\\/")))
     quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     options = [*quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
     shown = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120).stdout

@@ -1,6 +1,7 @@
 """What each experiment compares.
 
-An arm is a policy, or a training and the policy that it makes. Its name is what tables and plots call it.
+An arm is a policy, or a training and the policy that it makes. Its name is what tables and plots call it, and means the
+same in every experiment, so that experiments in one folder share what they have measured.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ class Arm:
     """One thing that is compared with others.
 
     Attributes:
-        name: unique in its experiment.
+        name: an estimator's, for a controller of all three axes; followed by the axes where they are fewer.
         policy: as ``eval run`` takes it; ``{}`` stands for the arm's own run, ``{name}`` for that of another arm.
         script: what trains the run: ``train_rl`` or ``train_gumbel``; None: nothing is trained.
         options: of the script, with the same stand-ins.
-        budgeted: whether it follows budgets; the others are evaluated once.
+        seeded: whether it differs from seed to seed; the others are evaluated once.
     """
 
     name: str
@@ -42,7 +43,22 @@ def learned(name: str, estimator: str, *options: str) -> Arm:
     return Arm(name, script="train_gumbel", options=("--estimator", estimator, *options))
 
 
+def of_axes(estimator: str, *axes: str) -> Arm:
+    """A controller that decides on some axes; the others stay full."""
+    return learned(f"{estimator} {' and '.join(axes)}", estimator, "--axes", *axes)
+
+
 FULL = Arm("full", "full", seeded=False)
+UNTRAINED = (Arm("random", "random@restored"), Arm("even", "even@restored", seeded=False))
+"""On all three axes, their tokens laid out as those of controllers."""
+
+ADALLAVA = (
+    learned("adallava-l", "adallava-l", "--prefix-layers", "1"),
+    learned("adallava-h", "adallava-h", "--prefix-layers", "1"),
+    Arm("prumerge+ then adallava-l", "prumerge+:count=budget@0.5 then {adallava-l}"),
+    Arm("fastv then adallava-l", "fastv:k=2@0.5 then {adallava-l}"),
+)
+"""Depth, width and depth, and depth after a token step that knows nothing of the controller."""
 
 STATIC_TOKENS = (
     "random-tokens",
@@ -57,6 +73,8 @@ STATIC_TOKENS = (
     "cdpruner",
 )
 """Baselines of the first experiment that are tuned before."""
+
+ESTIMATORS = ("rl", "gumbel", "soft-topk")
 
 AS_PUBLISHED = ("prumerge", "prumerge+")
 """Those that set their own number of tokens are also run so."""
@@ -73,38 +91,20 @@ def pruning(tuned: Mapping[str, str]) -> list[Arm]:
         FULL,
         *(Arm(name, tuned.get(name, name), seeded=name in drawn) for name in STATIC_TOKENS),
         *(Arm(f"{name}, as published", name, seeded=False) for name in AS_PUBLISHED),
-        *(learned(f"{name} tokens", name, "--axes", "tokens") for name in ("rl", "gumbel", "soft-topk")),
+        *(of_axes(estimator, "tokens") for estimator in ESTIMATORS),
     ]
 
 
 def dimensions(tuned: Mapping[str, str]) -> list[Arm]:
     """One, two and three dimensions, each trained by the same estimator, and AdaLLaVA with its disjoint chains."""
-    prefix = ("--prefix-layers", "1")
-    return [
-        FULL,
-        Arm("random", "random"),
-        learned("adallava-l", "adallava-l", *prefix),
-        learned("adallava-h", "adallava-h", *prefix),
-        Arm("prumerge+ then adallava-l", "prumerge+:count=budget@0.5 then {adallava-l}"),
-        Arm("fastv then adallava-l", "fastv:k=2@0.5 then {adallava-l}"),
-        learned("tokens", "rl", "--axes", "tokens"),
-        learned("heads", "rl", "--axes", "heads"),
-        learned("layers", "rl", "--axes", "layers"),
-        learned("heads and layers", "rl", "--axes", "heads", "layers"),
-        learned("all three", "rl"),
-    ]
+    few = (("tokens",), ("heads",), ("layers",), ("heads", "layers"))
+    return [FULL, *UNTRAINED, *ADALLAVA, *(of_axes("rl", *axes) for axes in few), learned("rl", "rl")]
 
 
 def training(tuned: Mapping[str, str]) -> list[Arm]:
-    """RL against relaxations of the same controller on all three axes."""
-    return [
-        FULL,
-        Arm("random", "random"),
-        learned("rl", "rl"),
-        learned("gumbel", "gumbel"),
-        learned("soft-topk", "soft-topk"),
-        learned("rl after gumbel", "rl", "--init-from", "{gumbel}"),
-    ]
+    """RL against relaxations of the same controller on all three axes, and AdaLLaVA's."""
+    after = learned("rl after gumbel", "rl", "--init-from", "{gumbel}")
+    return [FULL, *UNTRAINED, *ADALLAVA, *(learned(estimator, estimator) for estimator in ESTIMATORS), after]
 
 
 EXPERIMENTS = {"pruning": pruning, "dimensions": dimensions, "training": training}

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 
-from eval.experiment.arms import Arm
+from eval.experiment.arms import ESTIMATORS, Arm
 from eval.experiment.statistics import Comparison
 from eval.experiment.summary import ArmResult
 
-LEARNED = {"pruning": ("rl tokens", "gumbel tokens", "soft-topk tokens")}
+OURS = {
+    "pruning": tuple(f"{estimator} tokens" for estimator in ESTIMATORS),
+    "dimensions": ("rl",),
+    "training": ESTIMATORS,
+}
+"""What each experiment holds against the rest."""
 
 
 def pairs(experiment: str, arms: Sequence[Arm]) -> list[tuple[str, str]]:
     """The comparisons that an experiment is about."""
-    names = [arm.name for arm in arms if arm.name != "full"]
-    if experiment == "pruning":
-        ours = LEARNED["pruning"]
-        return [(first, second) for first in ours for second in names if second not in ours]
+    ours = OURS[experiment]
+    rivals = [arm.name for arm in arms if arm.name != "full" and arm.name not in ours]
+    found = [(first, second) for first in ours for second in rivals]
     if experiment == "dimensions":
-        joint = [("all three", second) for second in names if second != "all three"]
-        single = [("heads and layers", second) for second in ("heads", "layers")]
-        return joint + single
-    return [("rl", second) for second in names if second != "rl"] + [("soft-topk", "gumbel")]
+        found += [("rl heads and layers", second) for second in ("rl heads", "rl layers")]
+    if experiment == "training":
+        found += list(combinations(ours, 2))
+    return found
 
 
 def claims(
     experiment: str, results: dict[str, ArmResult], found: Sequence[Comparison], budgets: Sequence[float]
 ) -> list[str]:
     """Sentences, each with its figures."""
-    said = [_against_best(first, found, results, budget) for first in _ours(experiment) for budget in budgets]
+    said = [_against_best(first, found, results, budget) for first in OURS[experiment] for budget in budgets]
     sentences = [sentence for sentence in said if sentence]
     full = results.get("full")
     if experiment == "training" and full is not None and full.records:
@@ -41,13 +45,10 @@ def claims(
     return sentences
 
 
-def _ours(experiment: str) -> tuple[str, ...]:
-    return {"pruning": LEARNED["pruning"], "dimensions": ("all three",), "training": ("rl",)}[experiment]
-
-
 def _against_best(first: str, found: Sequence[Comparison], results: dict[str, ArmResult], budget: float) -> str | None:
     """One arm against the best of its rivals at a budget."""
-    rivals = [each for each in found if each.first == first and each.budget == budget]
+    own = (each if each.first == first else each.mirrored for each in found if first in (each.first, each.second))
+    rivals = [each for each in own if each.budget == budget]
     if not rivals:
         return None
     hardest = min(rivals, key=lambda each: each.difference.value)
@@ -70,7 +71,7 @@ def _kept_of_full(results: dict[str, ArmResult], budgets: Sequence[float]) -> li
     for budget in budgets:
         kept = [
             f"{name} keeps {100 * results[name].mean(budget, 'accuracy') / whole:.1f} %"
-            for name in ("gumbel", "soft-topk", "rl")
+            for name in ESTIMATORS
             if name in results and budget in results[name].records
         ]
         if kept:

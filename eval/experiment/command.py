@@ -17,7 +17,7 @@ from envs import load_queries
 from envs.queries import DatasetQueries
 from eval import cli
 from eval.evaluate import check_budgets
-from eval.experiment.arms import EXPERIMENTS, TUNED, settings_of
+from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
@@ -32,19 +32,21 @@ class Experiment(cli.Placement):
     """Run one of the three experiments: train what is missing, evaluate it, write records, tables, plots, report.html.
 
     What is there is not done again, so an experiment that was stopped goes on where it was. A cell that fails is marked
-    in the report and tried again by the next call; the others go on.
+    in the report and tried again by the next call; the others go on. Experiments of one --out share their trainings.
 
-    Example: python -m eval experiment training --data scenes --seeds 0 1 2 --out results/training
+    Example: python -m eval experiment training --data scenes --seeds 0 1 2 --out results/scenes
     """
 
     name: tyro.conf.Positional[Literal["pruning", "dimensions", "training"]]
     """pruning: learned against static token pruning; dimensions: one, two, three; training: RL against relaxation."""
     out: Path
-    """Folder of the experiment."""
+    """Folder of trainings and what was measured of them, and of a folder with the report for each experiment."""
     backbone: str = "tiny"
     """Which VLM."""
     data: str = "scenes"
     """Queries: a name, or a path with the columns image, question, answers."""
+    arms: tuple[str, ...] = ()
+    """Train and evaluate only these rows of the tables, for now; all by default. The report shows what there is."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One training an arm for each. More can be added later."""
     budgets: tuple[float, ...] = (0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
@@ -76,15 +78,16 @@ class Experiment(cli.Placement):
         arms = EXPERIMENTS[self.name](tuned)
         cells = lay_out(self.out, arms, self.seeds)
         queries = self._queries()
-        missing = [cell for cell in cells if not cell.done]
+        chosen = self._chosen(arms)
+        missing = [cell for cell in cells if not cell.done and cell.arm.name in chosen]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=self.name, unit="cell") as bar:
             for cell in self._each(missing, cells, backbone, queries):
                 bar.set_postfix_str(f"{cell.arm.name}, seed {cell.seed}")
                 bar.update()
-        report = Report(self.name, self.out, cells, self.seeds, self.budgets, backbone, queries)
+        report = Report(self.name, self.out / self.name, cells, self.seeds, self.budgets, backbone, queries)
         report.write()
         print(report.text())
-        print(f"report: {self.out / 'report.html'}")
+        print(f"report: {self.out / self.name / 'report.html'}")
 
     def _check(self) -> None:
         check_budgets(self.budgets)
@@ -98,7 +101,7 @@ class Experiment(cli.Placement):
         for option in ("total_queries", "tuning_queries", "jobs"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
-        own = ("name", "backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
+        own = ("backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
         head = json.loads(json.dumps({option: getattr(self, option) for option in own}))
         head["maskgym"] = environment()["maskgym"]
         file = self.out / HEAD
@@ -116,6 +119,15 @@ class Experiment(cli.Placement):
                 )
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(head, indent=2) + "\n").encode())
+
+    def _chosen(self, arms: Sequence[Arm]) -> set[str]:
+        """The arms to work on, with those whose trainings they use."""
+        names = {arm.name: arm for arm in arms}
+        for name in self.arms:
+            if name not in names:
+                raise cli.InputError(f"--arms has {name!r}; {self.name} has {', '.join(map(repr, names))}")
+        chosen = set(self.arms or names)
+        return chosen.union(*(names[name].needs(arms) for name in chosen))
 
     def _tune(self, backbone: Backbone) -> dict[str, str]:
         """By baseline, the setting that is best on validation queries."""
@@ -165,7 +177,7 @@ class Experiment(cli.Placement):
         options += ["--validate-every", str(every), "--checkpoint-every", str(every), "--test-queries", "100"]
         options += ["--test-budgets", *map(str, self.budgets), "--device", self.device, "--dtype", self.dtype]
         if self.wandb is not None:
-            options += ["--wandb", self.wandb, "--group", f"{self.name}-{self.out.name}"]
+            options += ["--wandb", self.wandb, "--group", self.out.name]
         return options
 
 

@@ -104,6 +104,7 @@ class Report:
 
     def write(self) -> None:
         folder, title = self.folder, f"Experiment: {self.name}"
+        folder.mkdir(exist_ok=True)
         write_atomically(folder / "tables.md", f"# {title}\n\n{self.text()}".encode())
         for table in self.tables:
             write_atomically(folder / f"{table.title.split()[0].lower()}.csv", table.csv().encode())

@@ -47,6 +47,12 @@ class Comparison:
     p: float
 
     @property
+    def mirrored(self) -> Comparison:
+        """The second against the first."""
+        value, low, high = -self.difference.value, -self.difference.high, -self.difference.low
+        return Comparison(self.second, self.first, self.budget, Estimate(value, low, high), self.p)
+
+    @property
     def verdict(self) -> str:
         """What may be concluded."""
         if self.p >= 0.05 or self.difference.low <= 0 <= self.difference.high:
