@@ -21,6 +21,7 @@ from eval.experiment.command import Experiment
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import question_only_accuracy
+from eval.scale_out import ScaleOut
 from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 from eval.tune import Tune
@@ -278,6 +279,7 @@ Command = (
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
+    | Annotated[ScaleOut, tyro.conf.subcommand("scale-out")]
 )
 
 
