@@ -126,7 +126,9 @@ class DatasetQueries:
             return None
         kinds, groups = ([str(self._cell(name, number) or "") for number in numbers] for name in ("type", "group"))
         accepted = [self.text(number)[2] for number in numbers]
-        return RULES[rule].metrics(Answered(texts, accepted, scores, kinds, groups))
+        counted = self._columns["group"].value_counts().to_pylist() if "group" in self._columns else []
+        sizes = {str(each["values"] or ""): each["counts"] for each in counted} or {"": len(texts)}
+        return RULES[rule].metrics(Answered(texts, accepted, scores, kinds, groups, sizes))
 
     def head(self, limit: int | None) -> DatasetQueries:
         """The first ``limit`` queries, or all."""

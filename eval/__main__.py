@@ -39,8 +39,8 @@ class Run(cli.Placement):
     """Run folders; baselines, with options as in fastv:k=2,r=0.5 (docs/baselines.md lists them); planners of your own
     as package.module:planner; any of them with @merge, @renumbered, @restored, or @0.25 (of the visual tokens)."""
     data: str = "easy-vqa"
-    """Queries: a name, also of a benchmark (vqav2:root=FOLDER; see docs/benchmarks.md), or a path with the columns image,
-    question, answers."""
+    """Queries: a name, also of a benchmark (vqav2:root=FOLDER; see docs/benchmarks.md), or a path with the columns
+    image, question, answers."""
     split: str = "test"
     """train, validation or test."""
     budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -261,8 +261,9 @@ class Bench(cli.Placement):
     """Which VLM."""
     data: str = "easy-vqa"
     """Queries to measure on."""
-    parts: tuple[Literal["env", "engine"], ...] = ("env", "engine")
-    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-like shape."""
+    parts: tuple[Literal["env", "engine", "data"], ...] = ("env", "engine")
+    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-like shape; when asked
+    for, also the memory it takes to stream 200,000 queries of VQAv2's layout."""
     shape: Literal["small", "llava-1.5-7b"] = "small"
     """Of the decoder, with random weights: 8 layers of width 1024, or LLaVA-1.5-7B's config with its vision tower
     (14 GB in bfloat16; adds the time to first token part by part)."""

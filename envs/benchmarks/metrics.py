@@ -5,7 +5,7 @@ Shape legend: Q queries that were answered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ class Answered:
         scores: each answer's score, in [0, 1].
         kinds: part of the data set: a kind of question, a subtask, a split.
         groups: equal for queries that count together: those of one image, one question in several orders, one sentence.
+        sizes: by group, how many queries it has in the whole data set, answered or not.
     """
 
     texts: Sequence[str]
@@ -35,12 +36,13 @@ class Answered:
     scores: np.ndarray
     kinds: Sequence[str]
     groups: Sequence[str]
+    sizes: Mapping[str, int]
 
     def only(self, rows: Sequence[int]) -> Answered:
         """Some of the queries."""
         lists = ([column[row] for row in rows] for column in (self.texts, self.accepted, self.kinds, self.groups))
         texts, accepted, kinds, groups = lists
-        return Answered(texts, accepted, self.scores[list(rows)], kinds, groups)  # type: ignore[arg-type]
+        return Answered(texts, accepted, self.scores[list(rows)], kinds, groups, self.sizes)  # type: ignore[arg-type]
 
     def parts(self) -> Iterator[tuple[str, Answered]]:
         """The queries of each kind that has a name, in the order of first use."""
@@ -52,11 +54,13 @@ class Answered:
             yield kind, self.only(own)
 
     def whole_groups(self) -> np.ndarray:
-        """(groups,) 1 where every query of a group is right, else 0."""
-        right: dict[str, bool] = {}
+        """(groups,) 1 where every query of a group is right, else 0; groups of which not all was answered are left
+        out."""
+        of_group: dict[str, list[float]] = {}
         for group, score in zip(self.groups, self.scores, strict=True):
-            right[group] = right.get(group, True) and score == 1
-        return np.array(list(right.values()), float)
+            of_group.setdefault(group, []).append(score)
+        whole = (scores for group, scores in of_group.items() if len(scores) == self.sizes[group])
+        return np.array([min(scores) == 1 for scores in whole], float)
 
 
 def accuracy(answered: Answered) -> dict[str, float]:
@@ -110,12 +114,14 @@ def mme(answered: Answered) -> Metrics:
     subtask; the sums over perception and cognition (``calculation.py`` of MME, arXiv 2306.13394)."""
     parts: Metrics = {}
     for kind, part in answered.parts():
-        right, both = float(part.scores.mean()), float(part.whole_groups().mean())
-        parts[kind] = {"accuracy": right, "accuracy+": both, "score": 100 * (right + both)}
+        parts[kind], both = accuracy(part), part.whole_groups()
+        if len(both):
+            plus = float(both.mean())
+            parts[kind] |= {"accuracy+": plus, "score": 100 * (parts[kind]["accuracy"] + plus)}
     for total, subtasks in MME_SUBTASKS.items():
-        own = [parts[subtask]["score"] for subtask in subtasks if subtask in parts]
-        if own:
-            parts[total] = {"score": sum(own)}
+        own = [parts[subtask] for subtask in subtasks if subtask in parts]
+        if own and all("score" in part for part in own):
+            parts[total] = {"score": sum(part["score"] for part in own)}
     return parts
 
 
@@ -123,14 +129,15 @@ def circular(answered: Answered) -> dict[str, float]:
     """Accuracy over all orders of the options, and over questions that are right in every order (CircularEval of
     MMBench, arXiv 2307.06281) where the table has several orders."""
     right = answered.whole_groups()
-    several = len(right) < len(answered.scores)
+    several = 0 < len(right) < len(answered.scores)
     return {**accuracy(answered), **({"circular": float(right.mean())} if several else {})}
 
 
 def nlvr2(answered: Answered) -> Metrics:
     """Accuracy, and consistency: the share of sentences that are judged right with every pair of photographs
     (``metrics.py`` of NLVR2, arXiv 1811.00491)."""
-    return {ALL: {**accuracy(answered), "consistency": float(answered.whole_groups().mean())}}
+    right = answered.whole_groups()
+    return {ALL: {**accuracy(answered), **({"consistency": float(right.mean())} if len(right) else {})}}
 
 
 def vizwiz(answered: Answered) -> Metrics:

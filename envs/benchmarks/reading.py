@@ -12,6 +12,7 @@ from backbones.errors import InputError
 
 Entry = dict[str, Any]
 CHUNK = 1 << 20
+_AFTER_VALUES = frozenset(" \t\r\n,:]}")
 
 
 def json_lines(file: Path) -> Iterator[Entry]:
@@ -96,7 +97,7 @@ class _JsonReader:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.buffer, self.at)
-                if end < len(self.buffer) or self.ended:  # a number may go on in the next chunk
+                if self.ended or self.buffer[end : end + 1] in _AFTER_VALUES:  # a number may go on in the next chunk
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
