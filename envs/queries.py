@@ -124,11 +124,12 @@ class DatasetQueries:
         rule, *others = self.rules
         if rule is None or others:
             return None
-        kinds, groups = ([str(self._cell(name, number) or "") for number in numbers] for name in ("type", "group"))
-        accepted = [self.text(number)[2] for number in numbers]
+        kinds, groups = (
+            [sys.intern(str(self._cell(name, row) or "")) for row in numbers] for name in ("type", "group")
+        )
         counted = self._columns["group"].value_counts().to_pylist() if "group" in self._columns else []
         sizes = {str(each["values"] or ""): each["counts"] for each in counted} or {"": len(texts)}
-        return RULES[rule].metrics(Answered(texts, accepted, scores, kinds, groups, sizes))
+        return RULES[rule].metrics(Answered(texts, scores, kinds, groups, sizes))
 
     def head(self, limit: int | None) -> DatasetQueries:
         """The first ``limit`` queries, or all."""

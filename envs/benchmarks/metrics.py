@@ -24,7 +24,6 @@ class Answered:
 
     Attributes:
         texts: the answers.
-        accepted: the accepted answers.
         scores: each answer's score, in [0, 1].
         kinds: part of the data set: a kind of question, a subtask, a split.
         groups: equal for queries that count together: those of one image, one question in several orders, one sentence.
@@ -32,7 +31,6 @@ class Answered:
     """
 
     texts: Sequence[str]
-    accepted: Sequence[Sequence[str]]
     scores: np.ndarray
     kinds: Sequence[str]
     groups: Sequence[str]
@@ -40,9 +38,8 @@ class Answered:
 
     def only(self, rows: Sequence[int]) -> Answered:
         """Some of the queries."""
-        lists = ([column[row] for row in rows] for column in (self.texts, self.accepted, self.kinds, self.groups))
-        texts, accepted, kinds, groups = lists
-        return Answered(texts, accepted, self.scores[list(rows)], kinds, groups, self.sizes)  # type: ignore[arg-type]
+        texts, kinds, groups = ([column[row] for row in rows] for column in (self.texts, self.kinds, self.groups))
+        return Answered(texts, self.scores[list(rows)], kinds, groups, self.sizes)
 
     def parts(self) -> Iterator[tuple[str, Answered]]:
         """The queries of each kind that has a name, in the order of first use."""
@@ -96,7 +93,7 @@ def pope(answered: Answered) -> Metrics:
     parts: Metrics = {}
     for kind, part in answered.parts():
         said = np.array([pope_says(text) == "yes" for text in part.texts])
-        true = np.array([accepted[0].lower() == "yes" for accepted in part.accepted])
+        true = said == (part.scores == 1)
         parts[kind] = {**accuracy(part), **detection(said, true), "yes ratio": float(said.mean())}
     names = next(iter(parts.values()))
     return {**parts, "mean": {name: float(np.mean([part[name] for part in parts.values()])) for name in names}}

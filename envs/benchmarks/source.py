@@ -87,7 +87,7 @@ def load(
         )
     parts = _parts(name, made, split, part)
     template = _template(made, prompt)
-    if is_saved(folder) or folder.suffix == ".parquet" or next(folder.rglob("*.parquet"), None) is not None:
+    if is_saved(folder) or folder.suffix == ".parquet" or any(map(_has_parquet, (folder, folder / "data"))):
         return _from_copy(name, benchmark, folder, split, parts, template)
     files = made.locate(name, folder, parts)
     stamps = repr([_stamp(place) for found in files for role, place in found.items() if role != "images"])
@@ -242,6 +242,10 @@ def _template(made: Benchmark, prompt: str) -> str:
     if "{question}" not in template:
         raise InputError(f"the prompt in {prompt!r} has no {{question}}; write it where the question stands")
     return template
+
+
+def _has_parquet(folder: Path) -> bool:
+    return next(folder.glob("*.parquet"), None) is not None
 
 
 def _image(image: str | bytes) -> dict[str, Any]:
