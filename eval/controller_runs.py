@@ -265,6 +265,6 @@ def conclude(
     report.plot_tradeoff(records, folder.path / "tradeoff.png")
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
-    print(report.table(records))
+    print(report.tables(records))
     print(f"\n{throughput(folder.timing())}")
     print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")
