@@ -46,21 +46,19 @@ class RLConfig(ControllerRunConfig):
     """Train a controller that decides, for each query and budget, which visual tokens, attention heads and layers a
     vision-language model computes. Ends with a table on the test split and a run folder."""
 
-    reward: tuple[str, ...] = ("accuracy-flops", "0.3*log-likelihood")
+    reward: tuple[str, ...] = ("soft-accuracy", "-0.02*flops")
     """A reward's name, or your own function as `package.module:function`; several are summed, each with an optional
-    weight: `accuracy -0.3*flops 0.1*my_rewards:shape`. The default adds a dense term, the log-likelihood of the right
-    answer, to accuracy minus FLOPs: it tells two right answers, or two wrong ones, apart."""
+    weight: `accuracy -0.3*flops 0.1*my_rewards:shape`. The default is accuracy minus FLOPs with the step of accuracy
+    made smooth: it tells two right answers, or two wrong ones, apart."""
     out: Path = Path("runs/rl")
     """Run folder to make."""
     envs: int = 256
     """Plans answered in one batched call of the backbone."""
     rollout_steps: int = 4
     """Batched calls between two updates."""
-    plans_per_query: int = 4
+    plans_per_query: int = 8
     """Plans tried for the same query and budget; with several, each is judged against the others (leave-one-out), with
     one, against the critic."""
-    scale_groups: bool = False
-    """Divide the advantages of a query's plans by the standard deviation of their rewards (GRPO)."""
     ratios: Literal["joint", "level", "axis", "bit"] = "joint"
     """Which decisions share one probability ratio: the whole plan, each level, each axis, or none."""
     algo: Literal["ppo", "a2c"] = "ppo"
@@ -88,8 +86,6 @@ class RLConfig(ControllerRunConfig):
         if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
             why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
             raise cli.InputError(f"--workers is {self.workers}; {why}")
-        if self.scale_groups and self.plans_per_query < 2:
-            raise cli.InputError("--scale-groups needs several plans a query; give --plans-per-query 2 or more")
         if not self.clip_range > 0 or self.entropy < 0:
             raise cli.InputError(
                 f"--clip-range {self.clip_range:g} must be above 0, --entropy {self.entropy:g} at least 0"
@@ -121,7 +117,6 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "rollout_buffer_class": GroupRolloutBuffer,
         "rollout_buffer_kwargs": {
             "plans_per_query": config.plans_per_query,
-            "scaled": config.scale_groups,
             "ratios": len(ratio_sizes(config.ratios, backbone.layout)),
         },
         "policy_kwargs": {"bank": core.bank, "controller": sizes, "ratios": config.ratios},

@@ -64,11 +64,11 @@ def log_likelihood(terms: RewardTerms) -> np.ndarray:
     return np.maximum(terms.log_likelihood, -5.0)
 
 
-def log_odds(terms: RewardTerms) -> np.ndarray:
-    """Log-odds of the accepted answer, log p / (1 - p), kept within 8: dropping a unit moves them by about as much
-    whether the answer is nearly sure or nearly lost, where the log-likelihood hears of lost answers alone."""
-    lost = -np.expm1(np.minimum(terms.log_likelihood, -1e-7))
-    return np.clip(terms.log_likelihood - np.log(lost), -8.0, 8.0)
+def soft_accuracy(terms: RewardTerms) -> np.ndarray:
+    """Probability of the accepted answer against all else at temperature 2, in [0, 1]: accuracy with its step made
+    smooth, so that every plan is told apart from the next, and nearly sure or nearly lost answers still count."""
+    odds = terms.log_likelihood - np.log(-np.expm1(np.minimum(terms.log_likelihood, -1e-7)))
+    return 1 / (1 + np.exp(-odds / 2))
 
 
 def flops(terms: RewardTerms) -> np.ndarray:
@@ -105,8 +105,8 @@ REWARDS: dict[str, Reward] = {
     "flops": flops,
     "latency": latency,
     "log-likelihood": log_likelihood,
-    "log-odds": log_odds,
     "overspend": overspend,
+    "soft-accuracy": soft_accuracy,
 }
 
 ADAPTIVE: dict[str, Callable[[], Reward]] = {"lagrangian": Lagrangian}

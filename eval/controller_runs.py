@@ -42,7 +42,7 @@ class ControllerRunConfig(Placement):
     rule: Literal["threshold", "fill"] = "fill"
     """How logits become a plan. threshold: units with a positive logit, projected into the budget where they exceed it;
     fill: all logits are shifted by one number, different for each query, until the plan spends its budget."""
-    positions: Literal["original", "renumbered", "restored"] = "restored"
+    positions: Literal["original", "renumbered", "restored"] = "original"
     """How the kept tokens are laid out. original: each where it was; renumbered: gaps closed; restored: dropped tokens
     averaged into kept ones, each at the median position of its group, attention corrected for it (RESTORE). Relaxed
     training leaves tokens where they were; what it has learned is then used so."""

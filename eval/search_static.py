@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbones import EncodingBank
+from backbones import Backbone, EncodingBank
 from envs import load_queries
 from eval import cli, report
 from policies.static.search import SearchSettings, search_order
+from policies.static.searched import SearchedOrder
 
 BATCH = 128
 
@@ -44,14 +45,18 @@ class SearchStatic(cli.Placement):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         cli.check_output("--out", self.out)
-        backbone = self.load(self.backbone)
-        bank = EncodingBank(backbone, load_queries(self.data, self.split).spread(self.queries))
-        batches = [range(start, min(start + BATCH, len(bank))) for start in range(0, len(bank), BATCH)]
         settings = SearchSettings(self.token_groups, self.tries)
-        found = search_order(backbone, [bank.gather(batch) for batch in batches], self.data, self.split, settings)
+        found = search(self.load(self.backbone), self.data, self.split, self.queries, settings)
         found.save(self.out)
         print(report.markdown(_at_shares(found.flops, found.divergence)))
         print(f"{len(found.order)} units in order: python -m eval run static:plan={self.out}")
+
+
+def search(backbone: Backbone, data: str, split: str, queries: int, settings: SearchSettings) -> SearchedOrder:
+    """Search on so many queries, spread over the split."""
+    bank = EncodingBank(backbone, load_queries(data, split).spread(queries))
+    batches = [range(start, min(start + BATCH, len(bank))) for start in range(0, len(bank), BATCH)]
+    return search_order(backbone, [bank.gather(batch) for batch in batches], data, split, settings)
 
 
 def _at_shares(flops: Sequence[float], divergence: Sequence[float]) -> list[tuple[str, str]]:

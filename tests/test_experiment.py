@@ -14,7 +14,7 @@ from backbones import EncodingBank, load_backbone
 from envs import load_queries
 from eval.evaluate import evaluate
 from eval.experiment import arms, command
-from eval.experiment.arms import Arm, learned
+from eval.experiment.arms import Arm, Prepared, relaxed
 from eval.experiment.cells import Cell, fill, lay_out
 from eval.experiment.claims import claims
 from eval.experiment.pictures import darkened
@@ -24,17 +24,18 @@ from eval.policies import load_planner
 from tests.conftest import command as run_command
 from tests.conftest import make_dataset
 
+RL = "--envs 8 --rollout-steps 2 --batch-size 8"
 ARMS = [
     arms.FULL,
     Arm("random", "random"),
-    learned("gumbel", "gumbel", "--batch-size", "8"),
-    learned("rl", "rl", "--envs", "8", "--rollout-steps", "2", "--batch-size", "8", "--init-from", "{gumbel}"),
+    relaxed("gumbel", "gumbel", "--batch-size", "8"),
+    Arm("rl", script="train_rl", options=(*RL.split(), "--init-from", "{gumbel}")),
     Arm("stride, half", "stride@0.5", seeded=False),
 ]
 
 
 def experiment(monkeypatch, place, out, *more, name="training"):
-    monkeypatch.setitem(arms.EXPERIMENTS, "training", lambda tuned: ARMS)
+    monkeypatch.setitem(arms.EXPERIMENTS, "training", lambda prepared: ARMS)
     where = ["--backbone", place / "vlm", "--data", place / "said", "--out", out]
     options = "--budgets 0.1 0.6 1 --total-queries 64 --seeds 0 1"
     run_command(monkeypatch, eval_main.main, "experiment", name, *where, *options.split(), *more)
@@ -63,7 +64,7 @@ def done(place, tmp_path_factory):
 
 
 def test_everything_that_is_promised_is_there(done):
-    assert {path.name for path in done.iterdir()} == {"experiment.json", "cells", "training"}
+    assert {path.name for path in done.iterdir()} == {"experiment.json", "static.json", "cells", "training"}
     names = {path.name for path in (done / "training").iterdir()}
     files = "tables.md accuracy.csv interquartile.csv paired.csv cost.csv convergence.csv report.html"
     pictures = "accuracy-llm-flops accuracy-total-flops budgets learning"
@@ -155,7 +156,7 @@ def test_a_name_means_the_same_in_every_experiment():
     """Or experiments in one folder would take each other's cells for their own."""
     by_name = {}
     for make in arms.EXPERIMENTS.values():
-        for arm in make({}):
+        for arm in make(Prepared({}, command.Path("x/static.json"))):
             assert by_name.setdefault(arm.name, arm) == arm
 
 
@@ -163,7 +164,7 @@ def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, d
     out = tmp_path / "said"
     shutil.copytree(done, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")}
-    monkeypatch.setitem(arms.EXPERIMENTS, "dimensions", lambda tuned: [*ARMS[:4], Arm("stride", "stride")])
+    monkeypatch.setitem(arms.EXPERIMENTS, "dimensions", lambda prepared: [*ARMS[:4], Arm("stride", "stride")])
     experiment(monkeypatch, place, out, "--arms", "rl", name="dimensions")
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")} == before
     assert "stride, seed 0</b>: not measured yet" in (out / "dimensions" / "report.html").read_text()
@@ -176,7 +177,7 @@ def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, d
 
 @pytest.mark.parametrize("name", list(arms.EXPERIMENTS))
 def test_arms_have_names_of_their_own_and_what_they_need(name):
-    made = arms.EXPERIMENTS[name]({})
+    made = arms.EXPERIMENTS[name](Prepared({}, command.Path("x/static.json")))
     names = [arm.name for arm in made]
     assert len(set(names)) == len(names) and names[0] == "full"
     cells = lay_out(command.Path("x"), made, (3, 4))

@@ -167,7 +167,7 @@ def test_a_controller_keeps_the_layout_that_it_was_trained_with(monkeypatch, pla
     extra = "--envs 8 --rollout-steps 2" if script == "train_rl" else ""
     options = f"--batch-size 8 --total-queries 32 --budgets 0.6 1 --test-budgets 0.7 --rule {rule} {extra}".split()
     where = ["--backbone", place / "vlm", "--data", place / "data", "--out", tmp_path / "run"]
-    command(monkeypatch, main, *where, *options)  # restored is the default
+    command(monkeypatch, main, *where, *options, "--positions", "restored")
     backbone = load_backbone(str(place / "vlm"))
     controller = load_controller(tmp_path / "run", backbone)
     assert controller.config.positions == "restored"

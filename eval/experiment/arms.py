@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from eval.tune import baseline_of
 
@@ -36,25 +37,43 @@ class Arm:
         return [arm.name for arm in arms if f"{{{arm.name}}}" in text]
 
 
-def learned(name: str, estimator: str, *options: str) -> Arm:
-    """A trained controller, by PPO (``rl``) or an estimator of ``train_gumbel.py``."""
-    if estimator == "rl":
-        return Arm(name, script="train_rl", options=options)
+@dataclass(frozen=True)
+class Prepared:
+    """What arms are made from.
+
+    Attributes:
+        tuned: by baseline, the policy with its best options.
+        plan: file of the searched static plan, with which controllers begin.
+    """
+
+    tuned: Mapping[str, str]
+    plan: Path
+
+
+def relaxed(name: str, estimator: str, *options: str) -> Arm:
+    """What an estimator of ``train_gumbel.py`` trains."""
     return Arm(name, script="train_gumbel", options=("--estimator", estimator, *options))
 
 
-def of_axes(estimator: str, *axes: str) -> Arm:
-    """A controller that decides on some axes; the others stay full."""
-    return learned(f"{estimator} {' and '.join(axes)}", estimator, "--axes", *axes)
+def controller(prepared: Prepared, estimator: str, *axes: str) -> Arm:
+    """A two-level controller, trained by PPO (``rl``) or an estimator of ``train_gumbel.py``; of some axes, or all."""
+    options = ("--initial-plan", str(prepared.plan), *(("--axes", *axes) if axes else ()))
+    name = f"{estimator} {' and '.join(axes)}" if axes else estimator
+    return Arm(name, script="train_rl", options=options) if estimator == "rl" else relaxed(name, estimator, *options)
+
+
+def untrained(prepared: Prepared) -> list[Arm]:
+    """Plans of all three axes that do not look: drawn, even, and searched for."""
+    static = f"static:plan={prepared.plan}"
+    searched = [Arm("static", static, seeded=False), Arm("static, merged", f"{static}@merge", seeded=False)]
+    return [FULL, Arm("random", "random"), Arm("even", "even", seeded=False), *searched]
 
 
 FULL = Arm("full", "full", seeded=False)
-UNTRAINED = (Arm("random", "random@restored"), Arm("even", "even@restored", seeded=False))
-"""On all three axes, their tokens laid out as those of controllers."""
 
 ADALLAVA = (
-    learned("adallava-l", "adallava-l", "--prefix-layers", "1"),
-    learned("adallava-h", "adallava-h", "--prefix-layers", "1"),
+    relaxed("adallava-l", "adallava-l", "--prefix-layers", "1"),
+    relaxed("adallava-h", "adallava-h", "--prefix-layers", "1"),
     Arm("prumerge+ then adallava-l", "prumerge+:count=budget@0.5 then {adallava-l}"),
     Arm("fastv then adallava-l", "fastv:k=2@0.5 then {adallava-l}"),
 )
@@ -80,31 +99,29 @@ AS_PUBLISHED = ("prumerge", "prumerge+")
 """Those that set their own number of tokens are also run so."""
 
 
-def pruning(tuned: Mapping[str, str]) -> list[Arm]:
-    """Learned against static token pruning.
-
-    Args:
-        tuned: by baseline, the policy with its best options.
-    """
+def pruning(prepared: Prepared) -> list[Arm]:
+    """Learned against static token pruning."""
     drawn = ("random-tokens",)
     return [
         FULL,
-        *(Arm(name, tuned.get(name, name), seeded=name in drawn) for name in STATIC_TOKENS),
+        *(Arm(name, prepared.tuned.get(name, name), seeded=name in drawn) for name in STATIC_TOKENS),
         *(Arm(f"{name}, as published", name, seeded=False) for name in AS_PUBLISHED),
-        *(of_axes(estimator, "tokens") for estimator in ESTIMATORS),
+        *(controller(prepared, estimator, "tokens") for estimator in ESTIMATORS),
     ]
 
 
-def dimensions(tuned: Mapping[str, str]) -> list[Arm]:
+def dimensions(prepared: Prepared) -> list[Arm]:
     """One, two and three dimensions, each trained by the same estimator, and AdaLLaVA with its disjoint chains."""
     few = (("tokens",), ("heads",), ("layers",), ("heads", "layers"))
-    return [FULL, *UNTRAINED, *ADALLAVA, *(of_axes("rl", *axes) for axes in few), learned("rl", "rl")]
+    own = [*(controller(prepared, "rl", *axes) for axes in few), controller(prepared, "rl")]
+    return [*untrained(prepared), *ADALLAVA, *own]
 
 
-def training(tuned: Mapping[str, str]) -> list[Arm]:
+def training(prepared: Prepared) -> list[Arm]:
     """RL against relaxations of the same controller on all three axes, and AdaLLaVA's."""
-    after = learned("rl after gumbel", "rl", "--init-from", "{gumbel}")
-    return [FULL, *UNTRAINED, *ADALLAVA, *(learned(estimator, estimator) for estimator in ESTIMATORS), after]
+    after = Arm("rl after gumbel", script="train_rl", options=("--init-from", "{gumbel}"))
+    own = [controller(prepared, estimator) for estimator in ESTIMATORS]
+    return [*untrained(prepared), *ADALLAVA, *own, after]
 
 
 EXPERIMENTS = {"pruning": pruning, "dimensions": dimensions, "training": training}

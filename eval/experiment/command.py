@@ -17,14 +17,18 @@ from envs import load_queries
 from envs.queries import DatasetQueries
 from eval import cli
 from eval.evaluate import check_budgets
-from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, settings_of
+from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
 from eval.runs import environment, write_atomically
+from eval.search_static import search
 from eval.tune import GRID, best_settings, evaluate_settings, read_grid
+from policies.static.search import SearchSettings
 
 HEAD = "experiment.json"
+SEARCH_QUERIES = 512
+"""On which the static plan is searched for, at most."""
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Experiment(cli.Placement):
     test_queries: int | None = None
     """Use so many of the test split, spread over it; all by default."""
     tuning_queries: int = 1000
-    """Validation queries on which baselines' options are chosen."""
+    """Validation queries on which baselines' options are chosen, and, up to 512, the static plan is searched for."""
     timing: int = 0
     """Also time so many queries one by one, for the first seed; leave the machine alone meanwhile."""
     jobs: int = 1
@@ -75,7 +79,7 @@ class Experiment(cli.Placement):
         self._check()
         backbone = self.load(self.backbone)
         tuned = self._tune(backbone)
-        arms = EXPERIMENTS[self.name](tuned)
+        arms = EXPERIMENTS[self.name](Prepared(tuned, self._search(backbone)))
         cells = lay_out(self.out, arms, self.seeds)
         queries = self._queries()
         chosen = self._chosen(arms)
@@ -119,6 +123,16 @@ class Experiment(cli.Placement):
                 )
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(head, indent=2) + "\n").encode())
+
+    def _search(self, backbone: Backbone) -> Path:
+        """The file of the static plan, searched for if it is not there."""
+        file = self.out / "static.json"
+        if not file.is_file():
+            found = search(
+                backbone, self.data, "validation", min(self.tuning_queries, SEARCH_QUERIES), SearchSettings()
+            )
+            write_atomically(file, found.json().encode())
+        return file
 
     def _chosen(self, arms: Sequence[Arm]) -> set[str]:
         """The arms to work on, with those whose trainings they use."""

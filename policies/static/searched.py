@@ -43,8 +43,12 @@ class SearchedOrder:
     flops: Sequence[float]
     divergence: Sequence[float]
 
+    def json(self) -> str:
+        """What ``load`` reads."""
+        return json.dumps(asdict(self)) + "\n"
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)) + "\n")
+        path.write_text(self.json())
 
     @classmethod
     def load(cls, path: Path) -> SearchedOrder:
