@@ -10,10 +10,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from backbones.encoding import Query, no_image
 from backbones.errors import InputError
+from backbones.images import read_image
 from backbones.naming import parse_options
 from envs.scenes import scenes
 
@@ -115,16 +116,8 @@ class DatasetQueries:
 
     def _decode(self, number: int) -> Image.Image:
         image = self._stored_image(number)
-        where = image["path"] or f"row {number}"
-        try:
-            opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
-            return opened.convert("RGB")
-        except FileNotFoundError as error:
-            raise InputError(f"image {where} of query {self._ids[number]!r} does not exist") from error
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise InputError(
-                f"image {where} of query {self._ids[number]!r} cannot be decoded ({error}); replace or remove it"
-            ) from error
+        called = f"image {image['path'] or f'row {number}'} of query {self._ids[number]!r}"
+        return read_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]), called)
 
 
 def _undecoded_images(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
