@@ -59,6 +59,8 @@ class RLConfig(ControllerRunConfig):
     plans_per_query: int = 4
     """Plans tried for the same query and budget; with several, each is judged against the others (leave-one-out), with
     one, against the critic."""
+    scale_groups: bool = False
+    """Divide the advantages of a query's plans by the standard deviation of their rewards (GRPO)."""
     ratios: Literal["joint", "level", "axis", "bit"] = "joint"
     """Which decisions share one probability ratio: the whole plan, each level, each axis, or none."""
     algo: Literal["ppo", "a2c"] = "ppo"
@@ -86,6 +88,8 @@ class RLConfig(ControllerRunConfig):
         if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
             why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
             raise cli.InputError(f"--workers is {self.workers}; {why}")
+        if self.scale_groups and self.plans_per_query < 2:
+            raise cli.InputError("--scale-groups needs several plans a query; give --plans-per-query 2 or more")
         if not self.clip_range > 0 or self.entropy < 0:
             raise cli.InputError(
                 f"--clip-range {self.clip_range:g} must be above 0, --entropy {self.entropy:g} at least 0"
@@ -117,6 +121,7 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "rollout_buffer_class": GroupRolloutBuffer,
         "rollout_buffer_kwargs": {
             "plans_per_query": config.plans_per_query,
+            "scaled": config.scale_groups,
             "ratios": len(ratio_sizes(config.ratios, backbone.layout)),
         },
         "policy_kwargs": {"bank": core.bank, "controller": sizes, "ratios": config.ratios},

@@ -24,7 +24,7 @@ from backbones.masks import Masks
 from backbones.survivors import Survivors
 from envs.queries import load_queries
 from envs.rewards import Reward, RewardTerms, WeightedReward
-from envs.scoring import reference, score
+from envs.scoring import longest_answer, reference, score
 
 OBSERVATIONS = ("id", "features")
 MAX_TEXT_TOKENS = 64
@@ -51,7 +51,7 @@ class MaskingCore:
         observation: ``"id"``: the query's number in the bank; ``"features"``: its visual tokens and text embeddings.
         controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
             text tokens.
-        max_new_tokens: answers are cut there.
+        max_new_tokens: answers are cut there; by default where the data's scoring has them cut, else at one token.
         latency_model: predicts prefill times, for rewards that ask for them.
         positions, merge: how the kept tokens are laid out; see ``backbones.survivors``.
 
@@ -68,7 +68,7 @@ class MaskingCore:
         budgets: Sequence[float] = (0.2, 1.0),
         observation: str = "id",
         controller_flops: int | Callable[[Tensor], Tensor] = 0,
-        max_new_tokens: int = 1,
+        max_new_tokens: int | None = None,
         latency_model: LatencyModel | None = None,
         positions: str = "original",
         merge: bool = False,
@@ -86,7 +86,8 @@ class MaskingCore:
         self.budgets = (float(budgets[0]), float(budgets[1]))
         self.observation = observation
         self.controller_flops = controller_flops
-        self.max_new_tokens, self.latency_model = max_new_tokens, latency_model
+        self.max_new_tokens = longest_answer(self.source) if max_new_tokens is None else max_new_tokens
+        self.latency_model = latency_model
         self.layout = self.backbone.layout
         self.positions, self.merge = positions, merge
         Survivors.asked(0, positions, merge)  # checks

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,36 @@ from backbones.encoding import Query, no_image
 from backbones.errors import InputError
 from backbones.images import read_image
 from backbones.naming import parse_options
+from envs.accepted import Accepted
+from envs.benchmarks.metrics import Answered, Metrics
+from envs.benchmarks.rules import RULES
+from envs.benchmarks.source import SOURCES
+from envs.local_data import load_path
 from envs.scenes import scenes
+from envs.side_by_side import side_by_side
 
 COLUMNS = ("image", "question", "answers")
+IMAGES = ("image", "beside")
+OPTIONAL = ("beside", "scoring", "choices", "group")
+TEXTS = ("id", "question", "answers", "type", "scoring", "choices", "group")
 SPLITS = ("train", "validation", "test")
 
 
 class DatasetQueries:
-    """Queries backed by a ``datasets.Dataset``; images are decoded one by one, when asked for.
+    """Queries backed by a ``datasets.Dataset``: texts are read, and images decoded, one by one when asked for, so
+    that they take no memory of their own.
 
     Args:
-        dataset: with the columns ``image`` (a ``datasets.Image``), ``question``, ``answers`` (list of strings),
-            and optionally ``id``.
+        dataset: with the columns ``image`` (a ``datasets.Image``), ``question``, ``answers`` (list of strings), and
+            optionally ``id``, ``type`` (kind of question), ``beside`` (an image to show to the right of ``image``),
+            ``scoring`` (a rule of ``envs.benchmarks.rules``), ``choices`` (texts of the options) and ``group``
+            (equal for queries that a rule counts together).
         name: how the data set is called in records.
         split: the split's name in records.
 
     Raises:
-        InputError: a missing column, a column ``image`` of something else (lists of images, say), or no rows.
+        InputError: a missing column, a column ``image`` of something else (lists of images, say), answers that are no
+            lists, an unknown rule, or no rows.
     """
 
     def __init__(self, dataset: datasets.Dataset, name: str, split: str):
@@ -45,24 +60,28 @@ class DatasetQueries:
         if len(dataset) == 0:
             raise InputError(f"data {name!r}, split {split!r} has no rows")
         self.name, self.split = name, split
-        self._images = _undecoded_images(dataset, name)
-        self._questions = [str(question) for question in dataset["question"]]
-        self._answers = [_answer_tuple(answers, name, row) for row, answers in enumerate(dataset["answers"])]
-        has_ids = "id" in dataset.column_names
-        self._ids = [str(id) for id in dataset["id"]] if has_ids else [str(row) for row in range(len(dataset))]
-        self.kinds = [str(kind) for kind in dataset["type"]] if "type" in dataset.column_names else None
+        images = [column for column in IMAGES if column in dataset.column_names]
+        texts = [column for column in TEXTS if column in dataset.column_names]
+        self._columns = _stored(dataset.select_columns(texts)) | _stored(_undecoded(dataset, name, images))
+        self._rows: Sequence[int] = range(len(dataset))
+        _check_answers(self._columns["answers"], name)
+        self.rules = _rules(self._columns.get("scoring"), name)
         self.patches = list(dataset["patches"]) if "patches" in dataset.column_names else None
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> Query:
         id, question, answers = self.text(number)
-        return Query(id, self._decode(number), question, answers, self.image_key(number))
+        return Query(id, self._image(number), question, answers, self.image_key(number))
 
     def text(self, number: int) -> tuple[str, str, tuple[str, ...]]:
         """Id, question and answers, without decoding the image."""
-        return self._ids[number], self._questions[number], self._answers[number]
+        answers = tuple(map(str, self._cell("answers", number)))
+        rule = self._cell("scoring", number)
+        if rule is not None:
+            answers = Accepted(answers, rule, self._cell("choices", number) or ())
+        return self._id(number), str(self._cell("question", number)), answers
 
     def image_key(self, number: int) -> Hashable:
         """Equal for queries that show the same image: its path, or a digest of its bytes.
@@ -70,17 +89,48 @@ class DatasetQueries:
         Raises:
             InputError: a query without an image.
         """
-        return _key(self._stored_image(number))
+        keys = tuple(_key(image) for image in self._stored_images(number))
+        return keys[0] if len(keys) == 1 else keys
 
     def by_image(self) -> list[list[int]]:
         """The numbers of the queries that show the same image, image by image in the order of first use; queries
         without an image are left out."""
         groups: dict[Hashable, list[int]] = {}
-        for start in range(0, len(self), 4096):
-            for number, image in enumerate(self._images[start : start + 4096]["image"], start):
-                if image is not None:
-                    groups.setdefault(_key(image), []).append(number)
+        for number in range(len(self)):
+            if self._cell("image", number) is not None:
+                groups.setdefault(self.image_key(number), []).append(number)
         return list(groups.values())
+
+    @cached_property
+    def kinds(self) -> list[str] | None:
+        """The kind of each question, where the data set names kinds."""
+        if "type" not in self._columns:
+            return None
+        kinds = [sys.intern(str(self._cell("type", number))) for number in range(len(self))]
+        return kinds if any(kinds) else None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Where answers are cut."""
+        return max(1 if rule is None else RULES[rule].max_new_tokens for rule in self.rules)
+
+    def metrics(self, numbers: Sequence[int], texts: Sequence[str], scores: np.ndarray) -> Metrics | None:
+        """Scores of the whole data set by part and metric; None if its queries have no one rule.
+
+        Args:
+            numbers: (Q,) of the queries that were answered.
+            texts: (Q,) the answers.
+            scores: (Q,) theirs.
+        """
+        rule, *others = self.rules
+        if rule is None or others:
+            return None
+        kinds, groups = (
+            [sys.intern(str(self._cell(name, row) or "")) for row in numbers] for name in ("type", "group")
+        )
+        counted = self._columns["group"].value_counts().to_pylist() if "group" in self._columns else []
+        sizes = {str(each["values"] or ""): each["counts"] for each in counted} or {"": len(texts)}
+        return RULES[rule].metrics(Answered(texts, scores, kinds, groups, sizes))
 
     def head(self, limit: int | None) -> DatasetQueries:
         """The first ``limit`` queries, or all."""
@@ -97,53 +147,83 @@ class DatasetQueries:
         inside = np.random.default_rng(0).random(limit)
         return self._only(((np.arange(limit) + inside) * (len(self) / limit)).astype(int).tolist())
 
-    def _only(self, rows: Sequence[int]) -> DatasetQueries:
+    def _only(self, numbers: Sequence[int]) -> DatasetQueries:
         part = object.__new__(DatasetQueries)
-        part.name, part.split = self.name, self.split
-        part._images = self._images.select(rows)
-        part._questions = [self._questions[row] for row in rows]
-        part._answers = [self._answers[row] for row in rows]
-        part._ids = [self._ids[row] for row in rows]
-        part.kinds = None if self.kinds is None else [self.kinds[row] for row in rows]
-        part.patches = None if self.patches is None else [self.patches[row] for row in rows]
+        part.name, part.split, part.rules = self.name, self.split, self.rules
+        part._columns = self._columns
+        part._rows = [self._rows[number] for number in numbers]
+        part.patches = None if self.patches is None else [self.patches[number] for number in numbers]
         return part
 
-    def _stored_image(self, number: int) -> dict[str, Any]:
-        image = self._images[number]["image"]
-        if image is None or (image["path"] is None and image["bytes"] is None):
-            raise no_image(self._ids[number])
-        return image
+    def _cell(self, column: str, number: int) -> Any:
+        """A value as stored; None where the data set lacks the column."""
+        return self._columns[column][self._rows[number]].as_py() if column in self._columns else None
 
-    def _decode(self, number: int) -> Image.Image:
-        image = self._stored_image(number)
-        called = f"image {image['path'] or f'row {number}'} of query {self._ids[number]!r}"
+    def _id(self, number: int) -> str:
+        return str(self._cell("id", number)) if "id" in self._columns else str(self._rows[number])
+
+    def _stored_images(self, number: int) -> list[dict[str, Any]]:
+        """What a query shows, undecoded, from left to right.
+
+        Raises:
+            InputError: a query without an image.
+        """
+        image, beside = (self._cell(column, number) for column in IMAGES)
+        if image is None or (image["path"] is None and image["bytes"] is None):
+            raise no_image(self._id(number))
+        return [image] if beside is None else [image, beside]
+
+    def _image(self, number: int) -> Image.Image:
+        decoded = [self._decode(number, image) for image in self._stored_images(number)]
+        return decoded[0] if len(decoded) == 1 else side_by_side(*decoded)
+
+    def _decode(self, number: int, image: dict[str, Any]) -> Image.Image:
+        called = f"image {image['path'] or f'row {self._rows[number]}'} of query {self._id(number)!r}"
         return read_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]), called)
 
 
-def _undecoded_images(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
-    """The column ``image`` as stored: an unreadable image is met, and named, only when its own query is asked for.
+def _stored(dataset: datasets.Dataset) -> dict[str, Any]:
+    """The columns as Arrow has them, on disk where the data set is memory-mapped: a cell is read in a microsecond,
+    where a ``datasets.Dataset`` takes tens."""
+    table = dataset.with_format("arrow")[:]
+    return {name: table.column(name) for name in table.column_names}
 
-    A data set of its own: a ``datasets.Column`` reads whole rows, a hundred times as slowly.
-    """
-    try:
-        return dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False)).with_format(None)
-    except (TypeError, ValueError, NotImplementedError) as error:  # what datasets and Arrow raise
-        raise InputError(
-            f"data {name!r}: the column 'image' is {dataset.features['image']}; it must hold one image a row, several "
-            "images a query are not supported"
-        ) from error
+
+def _undecoded(dataset: datasets.Dataset, name: str, columns: Sequence[str]) -> datasets.Dataset:
+    """The images as stored: an unreadable one is met, and named, only when its own query is asked for."""
+    images = dataset.select_columns(list(columns))
+    for column in columns:
+        try:
+            images = images.cast_column(column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # what datasets and Arrow raise
+            raise InputError(
+                f"data {name!r}: the column {column!r} is {dataset.features[column]}; it must hold one image a row, "
+                "several images a query are not supported"
+            ) from error
+    return images
+
+
+def _check_answers(answers: Any, name: str) -> None:
+    is_list = hasattr(answers.type, "value_type")
+    if is_list and not answers.null_count:
+        return
+    row = next(row for row, given in enumerate(answers) if not is_list or not given.is_valid)
+    raise InputError(f"data {name!r}, row {row}: answers is {answers[row].as_py()!r}; it must be a list of strings")
+
+
+def _rules(scoring: Any | None, name: str) -> tuple[str | None, ...]:
+    """The rules that queries of a data set are scored by; None where a query names none."""
+    rules = (None,) if scoring is None else tuple(scoring.unique().to_pylist())
+    unknown = [rule for rule in rules if rule is not None and rule not in RULES]
+    if unknown:
+        raise InputError(f"data {name!r}: scoring is {unknown[0]!r}; it must be one of {', '.join(RULES)}, or empty")
+    return rules
 
 
 def _key(image: dict[str, Any]) -> Hashable:
     if image["path"] is not None and image["bytes"] is None:
         return image["path"]
     return hashlib.blake2b(image["bytes"], digest_size=16).digest()
-
-
-def _answer_tuple(answers: Any, name: str, row: int) -> tuple[str, ...]:
-    if isinstance(answers, str) or not hasattr(answers, "__iter__"):
-        raise InputError(f"data {name!r}, row {row}: answers is {answers!r}; it must be a list of strings")
-    return tuple(str(answer) for answer in answers)
 
 
 def easy_vqa(split: str) -> datasets.Dataset:
@@ -165,16 +245,17 @@ def easy_vqa(split: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-NAMED: dict[str, Callable[..., datasets.Dataset]] = {"easy-vqa": easy_vqa, "scenes": scenes}
+NAMED: dict[str, Callable[..., datasets.Dataset]] = {"easy-vqa": easy_vqa, "scenes": scenes, **SOURCES}
 
 
 def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None = None) -> DatasetQueries:
     """Queries by name or local path.
 
     Args:
-        data: a name (``easy-vqa``, ``scenes``, ``scenes:size=128,seed=3``) or a path: a ``save_to_disk`` folder, a
-            parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder with one such file per
-            split; or several joined by ``+``.
+        data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``) or a path: a
+        ``save_to_disk``
+            folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder with one such
+            file per split; or several joined by ``+``.
         split: ``train``, ``validation`` or ``test``.
         limit: keep this many queries at most.
 
@@ -188,7 +269,9 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
     whole = not Path(data).exists() and "+" in data
     parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
     if len(parts) > 1:
-        parts = [_with_ids(part).select_columns(["id", *COLUMNS]) for part in parts]
+        parts = [_with_ids(part) for part in parts]
+        kept = {"id", *COLUMNS, *OPTIONAL}
+        parts = [part.select_columns([name for name in part.column_names if name in kept]) for part in parts]
     return DatasetQueries(datasets.concatenate_datasets(parts), data, split).head(limit)
 
 
@@ -198,7 +281,7 @@ def _load(data: str, split: str) -> datasets.Dataset:
     if name in NAMED:
         return NAMED[name](split, **parse_options(NAMED[name], f"data {name!r}", options, hidden=("split",)))
     if Path(data).exists():
-        return _load_path(Path(data), split)
+        return load_path(Path(data), split)
     raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
 
 
@@ -206,50 +289,3 @@ def _with_ids(dataset: datasets.Dataset) -> datasets.Dataset:
     if "id" in dataset.column_names:
         return dataset
     return dataset.add_column("id", [str(row) for row in range(len(dataset))])
-
-
-def _load_path(path: Path, split: str) -> datasets.Dataset:
-    try:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded: Any = datasets.load_from_disk(str(path))
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[_pick_split(list(loaded), split, path)]
-        elif path.is_file():
-            loaded = datasets.load_dataset(_format(path), data_files=str(path), split="train")
-        else:
-            files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _FORMATS}
-            files.pop("metadata", None)
-            if files:
-                file = files[_pick_split(list(files), split, path)]
-                loaded = datasets.load_dataset(_format(file), data_files=str(file), split="train")
-            else:
-                folders = datasets.load_dataset("imagefolder", data_dir=str(path))
-                loaded = folders[_pick_split(list(folders), split, path)]
-    except InputError:
-        raise
-    except Exception as error:  # datasets raises many kinds; whatever it is, the path could not be read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"data {str(path)!r} could not be read ({reason})") from error
-    if getattr(loaded.features.get("image"), "dtype", None) in ("string", "large_string"):
-        base = path if path.is_dir() else path.parent
-        features = datasets.Features({**loaded.features, "image": datasets.Value("string")})
-        loaded = loaded.map(lambda row: {"image": row["image"] and str(base / row["image"])}, features=features)
-    return loaded
-
-
-_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-
-
-def _format(file: Path) -> str:
-    if file.suffix not in _FORMATS:
-        raise InputError(f"data {str(file)!r} has suffix {file.suffix!r}; supported: {', '.join(_FORMATS)}")
-    return _FORMATS[file.suffix]
-
-
-def _pick_split(names: list[str], split: str, path: Path) -> str:
-    """The split asked for; a source with a single split serves every request."""
-    if split in names:
-        return split
-    if len(names) == 1:
-        return names[0]
-    raise InputError(f"data {str(path)!r} has no split {split!r}; it has {', '.join(names)}")

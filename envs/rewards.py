@@ -64,6 +64,13 @@ def log_likelihood(terms: RewardTerms) -> np.ndarray:
     return np.maximum(terms.log_likelihood, -5.0)
 
 
+def log_odds(terms: RewardTerms) -> np.ndarray:
+    """Log-odds of the accepted answer, log p / (1 - p), kept within 8: dropping a unit moves them by about as much
+    whether the answer is nearly sure or nearly lost, where the log-likelihood hears of lost answers alone."""
+    lost = -np.expm1(np.minimum(terms.log_likelihood, -1e-7))
+    return np.clip(terms.log_likelihood - np.log(lost), -8.0, 8.0)
+
+
 def flops(terms: RewardTerms) -> np.ndarray:
     """Share of the full plan's LLM FLOPs spent: a cost, so give it a negative weight."""
     return terms.flops
@@ -98,6 +105,7 @@ REWARDS: dict[str, Reward] = {
     "flops": flops,
     "latency": latency,
     "log-likelihood": log_likelihood,
+    "log-odds": log_odds,
     "overspend": overspend,
 }
 

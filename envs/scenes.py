@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from backbones.errors import InputError
+from envs.cached import cached
 from envs.scene_questions import ASKERS, COLORS, SHAPES, Object, Question
 
 VERSION = 1
@@ -73,16 +74,7 @@ def scenes(split: str, size: int = 64, images: int | None = None, seed: int = 0)
             f"scenes of size={size}, images={images}, seed={seed}; size must be at least 32, images 1, seed 0"
         )
     options = {"split": split, "size": size, "images": images or SPLITS[split], "seed": seed, "version": VERSION}
-    try:
-        made = datasets.Dataset.from_generator(generate, features=FEATURES, gen_kwargs=options, split=split)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise InputError(
-            f"scenes could not be cached in {str(datasets.config.HF_DATASETS_CACHE)!r} ({error.__cause__ or error}); "
-            "make room there, or "
-            "set HF_DATASETS_CACHE to another folder"
-        ) from error
-    assert isinstance(made, datasets.Dataset)
-    return made
+    return cached(generate, options, FEATURES, split, "scenes")
 
 
 def generate(split: str, size: int, images: int, seed: int, version: int = VERSION) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from envs.accepted import Accepted
+from envs.benchmarks.rules import RULES
+
 
 def normalise(answer: str) -> str:
     """Lower case, single spaces, no full stop at the end."""
@@ -29,10 +32,18 @@ def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
 
 
 def score(answer: str, accepted: Sequence[str]) -> float:
-    """Exact match for a single accepted answer, VQA soft accuracy for several annotators' answers."""
+    """By the rule of a benchmark's accepted answers; of others exact match for a single one, VQA soft accuracy for
+    several annotators'."""
+    if isinstance(accepted, Accepted):
+        return RULES[accepted.rule].score(answer, accepted)
     return exact_match(answer, accepted) if len(accepted) < 2 else vqa_accuracy(answer, accepted)
 
 
 def reference(accepted: Sequence[str]) -> str:
     """The answer whose likelihood is measured: the most frequent accepted one, the first among equals."""
     return Counter(accepted).most_common(1)[0][0]
+
+
+def longest_answer(source: object) -> int:
+    """Tokens at which answers are cut: as the scoring of a query source's data has it, else one."""
+    return int(getattr(source, "max_new_tokens", 1))

@@ -22,6 +22,7 @@ from eval.experiment.command import Experiment
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import question_only_accuracy
+from eval.scale_out import ScaleOut
 from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 from eval.tune import Tune
@@ -40,7 +41,8 @@ class Run(cli.Placement):
     """Run folders; baselines, with options as in fastv:k=2,r=0.5 (docs/baselines.md lists them); planners of your own
     as package.module:planner; any of them with @merge, @renumbered, @restored, or @0.25 (of the visual tokens)."""
     data: str = "easy-vqa"
-    """Queries: a name, or a path with the columns image, question, answers."""
+    """Queries: a name, also of a benchmark (vqav2:root=FOLDER; see docs/benchmarks.md), or a path with the columns
+    image, question, answers."""
     split: str = "test"
     """train, validation or test."""
     budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -56,6 +58,10 @@ class Run(cli.Placement):
     """Use the first so many queries only."""
     backbone: str | None = None
     """Which VLM; by default the one that the runs were trained on."""
+    max_new_tokens: int | None = None
+    """Cut answers there; by default as the data's scoring has it: 16 for benchmarks, else 1."""
+    strict: bool = False
+    """End with an error at the first query that fails, in place of leaving it out."""
     seed: int = 0
     """Of baselines that draw."""
     timing: int = 0
@@ -79,8 +85,9 @@ class Run(cli.Placement):
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
         records: list[Record] = []
+        how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict}
         for planner in planners:
-            found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed)
+            found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed, **how)
             if not found:
                 raise cli.InputError(next(iter(gaps.values())))
             for budget, reason in gaps.items():
@@ -89,7 +96,7 @@ class Run(cli.Placement):
             if self.timing:
                 add_timing(planner, backbone, first_queries(bank, self.timing), own)
             records += own
-        print(report.table(records))
+        print(report.tables(records))
         cli.write_json(self.json, records)
         if self.plot is not None:
             report.plot_tradeoff(records, self.plot)
@@ -100,6 +107,8 @@ class Run(cli.Placement):
         check_budgets(self.budgets)
         if self.keep and self.milliseconds:
             raise cli.InputError("--keep and --milliseconds both stand in place of --budgets; give one of them")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise cli.InputError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
         if self.timing < 0:
             raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
         if self.milliseconds and self.latency_model is None:
@@ -254,8 +263,9 @@ class Bench(cli.Placement):
     """Which VLM."""
     data: str = "easy-vqa"
     """Queries to measure on."""
-    parts: tuple[Literal["env", "engine"], ...] = ("env", "engine")
-    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-like shape."""
+    parts: tuple[Literal["env", "engine", "data"], ...] = ("env", "engine")
+    """What to measure: the environment around the backbone, the masked decoder on a LLaVA-like shape; when asked
+    for, also the memory it takes to stream 200,000 queries of VQAv2's layout."""
     shape: Literal["small", "llava-1.5-7b"] = "small"
     """Of the decoder, with random weights: 8 layers of width 1024, or LLaVA-1.5-7B's config with its vision tower
     (14 GB in bfloat16; adds the time to first token part by part)."""
@@ -280,6 +290,7 @@ Command = (
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[ScaleOut, tyro.conf.subcommand("scale-out")]
 )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from backbones import Backbone, EncodingBank
 from envs import MaskingCore, MaskingVecEnv, load_queries
+from eval.bench_data import bench_data
 from eval.bench_engine import bench_engine
 from eval.latency import interleaved
 from policies.baselines import random_plans
@@ -25,8 +26,10 @@ GOALS: dict[str, tuple[str, float]] = {
     "tpot_half_layers": ("lower", 0.6),
     "prefill_speedup_over_cut_64_tokens": ("higher", 0.68),
     "ttft_speedup_over_cut_64_tokens": ("higher", 0.49),
+    "stream_growth_mb": ("lower", 64.0),
 }
-"""The goals that figures are compared with: which way is better, and the goal. The last two are DiffPrune's figures."""
+"""The goals that figures are compared with: which way is better, and the goal. The two on 64 tokens are DiffPrune's
+figures."""
 
 
 def entry(name: str, value: float, setting: str) -> Entry:
@@ -81,6 +84,8 @@ def bench(
     entries = bench_environment(backbone, data) if "env" in parts else []
     if "engine" in parts:
         entries += [entry(*figure) for figure in bench_engine(shape, str(backbone.device), backbone.model.dtype)]
+    if "data" in parts:
+        entries.append(entry(*bench_data()))
     return entries
 
 

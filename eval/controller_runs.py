@@ -23,6 +23,7 @@ from policies.controller import ControllerConfig, TwoLevelController
 from policies.even import EvenPlanner
 from policies.layout import LaidOutPlanner
 from policies.learned import Controller, load_controller, planner_of, save_controller
+from policies.static.searched import SearchedOrder
 
 if TYPE_CHECKING:
     from policies.joint_tuning import JointTuning
@@ -64,9 +65,12 @@ class ControllerRunConfig(Placement):
     of its layers. Saved in the run's `model/`. Off for comparisons of controllers."""
     tune_rate: float = 1e-4
     """Learning rate of the backbone's weights, falling linearly to zero."""
+    initial_plan: Path | None = None
+    """Begin with the plan that python -m eval search-static --out wrote to this file; by default with an even grid of
+    tokens, of which heads leave late and layers last."""
     initial_spread: float = 8.0
-    """How firmly an untrained controller keeps to its first plan, an even grid of tokens: the first token to leave has
-    the logit 0, the last twice this. Small: much is tried; large: little but what is near the plan."""
+    """How firmly an untrained controller keeps to its first plan: the first unit to leave has the logit 0, the last
+    twice this. Small: much is tried; large: little but what is near the plan."""
     width: int = 48
     """Width of the controller."""
     learning_rate: float = 3e-3
@@ -96,6 +100,8 @@ class ControllerRunConfig(Placement):
         check_budgets(self.test_budgets)
         if "tokens" not in self.axes and self.merge:
             raise InputError(f"--merge has no effect where --axes are {' '.join(self.axes)}; leave it out")
+        if self.initial_plan is not None and self.init_from is not None:
+            raise InputError("--initial-plan has no effect on a controller that --init-from gives; leave one out")
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
         if not 0 <= self.initial_spread < 1000:
             raise InputError(f"--initial-spread is {self.initial_spread:g}; it must be at least 0, and below 1000")
@@ -129,13 +135,17 @@ class ControllerRunConfig(Placement):
         return ControllerConfig.for_layout(backbone.layout, backbone.hidden, **more)
 
     def initial_weights(self, backbone: Backbone, sizes: ControllerConfig) -> dict[str, Any] | None:
-        """The weights that ``init_from`` names, or None.
+        """The weights that ``init_from`` names, or those that begin with ``initial_plan``, or None.
 
         Raises:
-            InputError: a controller of another size.
+            InputError: a controller of another size, or a plan for another layout.
         """
         if self.init_from is None:
-            return None
+            if self.initial_plan is None:
+                return None
+            fresh = TwoLevelController(sizes)
+            fresh.begin_with(SearchedOrder.load(self.initial_plan).confidence(backbone))
+            return fresh.state_dict()
         controller = load_controller(self.init_from, backbone, any_weights=True)
         if not isinstance(controller, TwoLevelController):
             raise InputError(f"--init-from {str(self.init_from)!r} is a scheduler of AdaLLaVA's; give a run of another")
@@ -255,6 +265,6 @@ def conclude(
     report.plot_tradeoff(records, folder.path / "tradeoff.png")
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
-    print(report.table(records))
+    print(report.tables(records))
     print(f"\n{throughput(folder.timing())}")
     print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")

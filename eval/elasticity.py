@@ -17,7 +17,7 @@ from backbones.encoding import Encoding, EncodingBank
 from backbones.errors import InputError
 from backbones.masks import AXES, Masks
 from envs.queries import DatasetQueries
-from envs.scoring import score
+from envs.scoring import longest_answer, score
 from eval.evaluate import evaluate
 from eval.report import markdown
 from policies.baselines import FullPlanner, RandomPlanner, random_waits
@@ -30,7 +30,7 @@ BATCH = 250
 def accuracy_by_kind(backbone: Backbone, bank: EncodingBank, queries: DatasetQueries) -> dict[str, tuple[float, int]]:
     """Full-plan accuracy and number of queries over all, and of each kind of question where the data names kinds."""
     scores = np.concatenate(
-        [_scores(backbone, encoding, backbone.full(encoding)) for encoding in _batches(bank, "full plan")]
+        [_scores(backbone, encoding, backbone.full(encoding), bank) for encoding in _batches(bank, "full plan")]
     )
     table = {"all": (float(scores.mean()), len(scores))}
     for kind in sorted(set(queries.kinds or ())):
@@ -74,7 +74,7 @@ def room_for_choice(
         rows = []
         for waits_A in waits_MA.to(backbone.device):
             masks = project(backbone, full, waits_A.expand(len(encoding), -1), budgets_B, encoding)
-            rows.append(_scores(backbone, encoding, masks))
+            rows.append(_scores(backbone, encoding, masks, bank))
         columns.append(np.stack(rows))
     right = np.concatenate(columns, axis=1)
     halves = right[:, ::2], right[:, 1::2]
@@ -91,9 +91,9 @@ def _batches(bank: EncodingBank, name: str) -> Iterator[Encoding]:
         yield bank.gather(range(start, min(start + BATCH, len(bank))))
 
 
-def _scores(backbone: Backbone, encoding: Encoding, masks: Masks) -> np.ndarray:
+def _scores(backbone: Backbone, encoding: Encoding, masks: Masks, bank: EncodingBank) -> np.ndarray:
     """(B,) accuracy of the answers under some plans."""
-    answers = backbone.answer(encoding, masks)
+    answers = backbone.answer(encoding, masks, longest_answer(bank.source))
     return np.array([score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)])
 
 

@@ -20,7 +20,7 @@ from backbones.encoding import Encoding, EncodingBank
 from backbones.errors import InputError
 from backbones.masks import Masks
 from envs.queries import DatasetQueries
-from envs.scoring import score
+from envs.scoring import longest_answer, score
 from eval.failures import report_failed
 from policies.baselines import Planner, notes_of
 from policies.milliseconds import MillisecondPlanner
@@ -84,10 +84,13 @@ def outcomes(
     budgets: Sequence[float],
     seed: int = 0,
     batch_size: int = 256,
-    max_new_tokens: int = 1,
+    max_new_tokens: int | None = None,
     progress: bool = True,
+    strict: bool = False,
 ) -> list[Outcome]:
     """One outcome per budget, over all queries of the bank but those that fail; these are reported and counted.
+
+    A benchmark's official scores are in the record's ``parts``, by part of the data set and metric.
 
     Args:
         planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
@@ -97,38 +100,51 @@ def outcomes(
         budgets: shares in (0, 1]; a planner without budgets is evaluated once, at 1.
         seed: named in the records.
         batch_size: queries a call.
-        max_new_tokens: answers are cut there.
+        max_new_tokens: answers are cut there; by default where the data's scoring has them cut.
         progress: whether to show a progress bar.
+        strict: whether a query that fails is an error.
 
     Raises:
-        InputError: a budget outside (0, 1], or no query that does not fail.
+        InputError: a budget outside (0, 1], no query that does not fail, or, if strict, one that does.
     """
     budgets = check_budgets(budgets) if planner.budgeted else (1.0,)
+    source = bank.source
+    assert isinstance(source, DatasetQueries)
+    cut = longest_answer(source) if max_new_tokens is None else max_new_tokens
     batches = [range(start, min(start + batch_size, len(bank))) for start in range(0, len(bank), batch_size)]
     measured: list[list[Columns]] = [[] for _ in budgets]
+    said: list[list[str]] = [[] for _ in budgets]
+    answered: list[int] = []
     reported = len(bank.failed)
     with tqdm(total=len(bank) * len(budgets), desc=planner.name, unit="query", disable=not progress) as bar:
         for numbers in batches:
-            encoding, _, _ = bank.gather_valid(numbers)
-            for parts, budget in zip(measured, budgets, strict=True):
+            encoding, valid, failed = bank.gather_valid(numbers)
+            if strict and failed:
+                raise InputError(next(iter(failed.values())))
+            answered += valid
+            for parts, texts, budget in zip(measured, said, budgets, strict=True):
                 if encoding is not None:
-                    parts.append(_measure(planner, backbone, encoding, budget, max_new_tokens))
+                    columns, own = _measure(planner, backbone, encoding, budget, cut)
+                    parts.append(columns)
+                    texts += own
                 bar.update(len(numbers))
     report_failed(bank, reported)
-    source = bank.source
-    assert isinstance(source, DatasetQueries)
     head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
     head |= {"seed": seed, "failed": len(bank.failed)}
     head |= notes_of(planner)
     found = []
-    for budget, parts in zip(budgets, measured, strict=True):
+    for budget, parts, texts in zip(budgets, measured, said, strict=True):
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        found.append(Outcome({**head, "budget": budget, **_summarise(columns)}, columns))
+        record = {**head, "budget": budget, **_summarise(columns)}
+        metrics = source.metrics(answered, texts, columns["accuracy"])
+        found.append(Outcome(record if metrics is None else {**record, "parts": metrics}, columns))
     return found
 
 
-def _measure(planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int) -> Columns:
-    """What records summarise, each (B,)."""
+def _measure(
+    planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int
+) -> tuple[Columns, list[str]]:
+    """What records summarise, each (B,), and the answers."""
     budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=backbone.device)
     masks, columns = _plan(planner, encoding, budgets_B)
     answers = backbone.answer(encoding, masks, max_new_tokens)
@@ -146,7 +162,7 @@ def _measure(planner: Planner, backbone: Backbone, encoding: Encoding, budget: f
         "kept_layers": masks.layers.sum(1),
         **columns,
     }
-    return {name: column.double().cpu().numpy() for name, column in columns.items()}
+    return {name: column.double().cpu().numpy() for name, column in columns.items()}, answers.texts
 
 
 def _plan(planner: Planner, encoding: Encoding, budgets_B: Tensor) -> tuple[Masks, dict[str, Tensor]]:

@@ -39,6 +39,27 @@ def table(records: Sequence[Record]) -> str:
     return markdown(rows)
 
 
+POINTS = ("score",)
+"""Official scores that are no shares."""
+
+
+def tables(records: Sequence[Record]) -> str:
+    """The records' table, and a second one of the official scores by part where the data is a benchmark."""
+    scored = [(record, *part) for record in records for part in record.get("parts", {}).items()]
+    if not scored:
+        return table(records)
+    names = list(dict.fromkeys(name for *_, scores in scored for name in scores))
+    rows = [["policy", "budget", "part", *(name if name in POINTS else f"{name} %" for name in names)]]
+    for record, part, scores in scored:
+        cells = [_official(name, scores[name]) if name in scores else "" for name in names]
+        rows.append([record["policy"], f"{record['budget']:.2f}", part, *cells])
+    return f"{table(records)}\n\n{markdown(rows)}"
+
+
+def _official(name: str, score: float) -> str:
+    return f"{score:.1f}" if name in POINTS else f"{100 * score:.2f}"
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Cells as an aligned Markdown table, the first row its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

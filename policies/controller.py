@@ -117,13 +117,14 @@ class TwoLevelController(nn.Module):
         for head in (self.token_head, self.llm_head):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        mean, spread = self.config.initial_logit, self.config.initial_spread
-        with torch.no_grad():
-            bias_A = mean + spread * even_confidence(
-                MaskLayout(self.config.tokens, self.config.layers, self.config.heads)
-            )
-            self.token_bias.copy_(bias_A[: self.config.tokens])
-            self.llm_head.bias.copy_(bias_A[self.config.tokens :])
+        self.begin_with(even_confidence(MaskLayout(self.config.tokens, self.config.layers, self.config.heads)))
+
+    @torch.no_grad()
+    def begin_with(self, confidence_A: Tensor) -> None:
+        """Make the first plan, before training, that in which units leave from -1 to 1, the same for every query."""
+        bias_A = self.config.initial_logit + self.config.initial_spread * confidence_A
+        self.token_bias.copy_(bias_A[: self.config.tokens])
+        self.llm_head.bias.copy_(bias_A[self.config.tokens :])
 
     def read(
         self, visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor

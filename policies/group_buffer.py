@@ -11,10 +11,15 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
+LEAST_DEVIATION = 0.1
+"""Added to a group's standard deviation, in units of the reward: what differs by less is noise."""
+
 
 class GroupRolloutBuffer(DictRolloutBuffer):
     """Advantage = reward minus the mean reward of the other plans for the same query and budget (leave-one-out,
-    Kool et al. 2019), which takes the query's difficulty out exactly where a critic must learn it.
+    Kool et al. 2019), which takes the query's difficulty out exactly where a critic must learn it. On request it is
+    divided by the standard deviation within the group (GRPO, arXiv 2402.03300), so that every query counts alike,
+    however much its plans differ.
 
     Episodes have one step, so there is nothing to bootstrap. With one plan a query it is SB3's own buffer, whose
     advantage is then reward minus value.
@@ -23,11 +28,14 @@ class GroupRolloutBuffer(DictRolloutBuffer):
 
     Args:
         plans_per_query: G; consecutive environments form groups of G.
+        scaled: whether advantages are divided by their group's standard deviation, and ``LEAST_DEVIATION``.
         ratios: K, log-probabilities stored with each plan.
     """
 
-    def __init__(self, *arguments: Any, plans_per_query: int = 1, ratios: int = 1, **options: Any):
-        self.plans_per_query, self.ratios = plans_per_query, ratios
+    def __init__(
+        self, *arguments: Any, plans_per_query: int = 1, scaled: bool = False, ratios: int = 1, **options: Any
+    ):
+        self.plans_per_query, self.scaled, self.ratios = plans_per_query, scaled, ratios
         super().__init__(*arguments, **options)
 
     def reset(self) -> None:
@@ -46,4 +54,5 @@ class GroupRolloutBuffer(DictRolloutBuffer):
         if self.plans_per_query > 1:
             groups = self.rewards.reshape(self.buffer_size, -1, self.plans_per_query)
             others = (groups.sum(2, keepdims=True) - groups) / (self.plans_per_query - 1)
-            self.advantages = (groups - others).reshape(self.rewards.shape)
+            scale = groups.std(2, keepdims=True) + LEAST_DEVIATION if self.scaled else 1.0
+            self.advantages = ((groups - others) / scale).reshape(self.rewards.shape)

@@ -309,3 +309,8 @@ def test_group_advantage_is_reward_minus_the_mean_of_the_others():
     buffer.compute_returns_and_advantage(torch.zeros(6), np.ones(6, bool))
     assert buffer.advantages[0].tolist() == pytest.approx([0.75, -0.75, 0.0, -0.3, -0.3, 0.6])
     assert buffer.returns[0].tolist() == pytest.approx(buffer.rewards[0].tolist())
+    buffer.scaled = True
+    buffer.compute_returns_and_advantage(torch.zeros(6), np.ones(6, bool))
+    first, second = np.std([1.0, 0.0, 0.5]) + 0.1, np.std([0.2, 0.2, 0.8]) + 0.1
+    scaled = [0.75 / first, -0.75 / first, 0.0, -0.3 / second, -0.3 / second, 0.6 / second]
+    assert buffer.advantages[0].tolist() == pytest.approx(scaled)

@@ -27,6 +27,7 @@ TERMS = RewardTerms(
         ("budget-hinge", [1, -1, 1]),
         ("overspend", [0, 0.5, 0]),
         ("log-likelihood", [-0.1, -5, -0.5]),
+        ("log-odds", [2.2521685, -8, 0.4327522]),
         (["accuracy", "-0.2*flops"], [0.9, -0.15, 0.96]),
         (["2*accuracy", "0.5*log-likelihood"], [1.95, -2.5, 1.75]),
         ("tests.test_rewards:tokens_left", [-8, -16, -2]),

@@ -9,10 +9,14 @@ import torch
 import eval.__main__ as eval_main
 from backbones import EncodingBank, InputError
 from eval.policies import load_planner
+from policies.controller import TwoLevelController
+from policies.even import EvenPlanner
+from policies.learned import planner_of
 from policies.projection import budget_flops
 from policies.static.search import SearchSettings, StaticSearch, search_order
 from policies.static.searched import SearchedOrder, SearchedPlanner
 from tests.conftest import build, command
+from train_gumbel import GumbelConfig
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +130,25 @@ def test_the_command_searches_and_its_plan_runs(monkeypatch, place, tmp_path, ca
         with pytest.raises(SystemExit):
             command(monkeypatch, eval_main.main, "search-static", *where, "--out", out, *line)
         assert words in capsys.readouterr().err
+
+
+def test_an_untrained_controller_begins_with_the_searched_plan(made, small, source):
+    """Up to what its heads, which begin near zero, add: the same tokens, and nearly the same heads, as the plan."""
+    _, _, (encoding, _) = made
+    torch.manual_seed(0)
+    config = GumbelConfig(initial_plan=made[1], positions="original")
+    sizes = config.sizes(small)
+    controller = TwoLevelController(sizes)
+    controller.load_state_dict(config.initial_weights(small, sizes))
+    budgets = torch.full((len(encoding),), 0.7, dtype=torch.float64)
+    ours = planner_of(controller, small, "untrained").plan(encoding, budgets)
+    theirs = SearchedPlanner(small, plan=str(made[1])).plan(encoding, budgets)
+    even = EvenPlanner(small).plan(encoding, budgets)
+    flat, wanted, other = (small.layout.flatten(masks) for masks in (ours, theirs, even))
+    # the controller's own FLOPs are taken off its budget, so it may drop a unit more
+    assert (flat != wanted).sum(1).max() <= 2 < (other != wanted).sum(1).min()
+
+
+def test_a_searched_plan_begins_nothing_that_another_run_began(made):
+    with pytest.raises(InputError, match="--initial-plan has no effect on a controller that --init-from gives"):
+        GumbelConfig(initial_plan=made[1], init_from=made[1].parent).check()

@@ -139,6 +139,7 @@ BAD = [
     (["--total-queries", "0"], "--total-queries is 0"),
     (["--learning-rate", "-1"], "--learning-rate is -1; it must be above 0"),
     (["--plans-per-query", "3"], "8 environments do not divide into groups of 3"),
+    (["--plans-per-query", "1", "--scale-groups"], "--scale-groups needs several plans a query"),
     (["--config", "no.yaml"], "config 'no.yaml' does not exist"),
 ]
 

@@ -11,7 +11,7 @@ import torch
 
 from backbones import Backbone, EncodingBank
 from envs.queries import DatasetQueries
-from envs.scoring import score
+from envs.scoring import longest_answer, score
 from eval.experiment.cells import Cell, fill
 from eval.experiment.claims import claims, pairs
 from eval.experiment.page import Picture, write_page
@@ -164,7 +164,7 @@ class Report:
         """What a planner keeps for every query of a small bank."""
         encoding = bank.gather(range(len(bank)))
         budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=self.backbone.device)
-        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B))
+        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B), longest_answer(bank.source))
         rows = []
         for row in range(len(encoding)):
             valid_N = encoding.visual_valid_BN[row].cpu().numpy()

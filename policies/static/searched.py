@@ -65,6 +65,29 @@ class SearchedOrder:
                 f"no readable plan in {str(path)!r} ({error}); make one with: python -m eval search-static --out FILE"
             ) from error
 
+    def stays(self, backbone: Backbone) -> Tensor:
+        """(A,) each unit's place in the order, infinite for those that never leave.
+
+        Raises:
+            InputError: an order for another layout.
+        """
+        layout = backbone.layout
+        mine = (layout.tokens, layout.layers, layout.heads)
+        numbers = [number for unit in self.order for number in unit]
+        if self.layout != mine or min(numbers, default=0) < 0 or max(numbers, default=0) >= layout.size:
+            raise InputError(
+                f"the searched plan is for (tokens, layers, heads) = {self.layout}; backbone {backbone.name!r} has "
+                f"{mine}: search anew with python -m eval search-static --backbone {backbone.name} --out FILE"
+            )
+        stays_A = torch.full((layout.size,), float("inf"))
+        for place, unit in enumerate(self.order):
+            stays_A[list(unit)] = float(place)
+        return stays_A
+
+    def confidence(self, backbone: Backbone) -> Tensor:
+        """(A,) the same from -1, the first to leave, to 1, the last and those that never leave."""
+        return (2 * self.stays(backbone) / max(1, len(self.order) - 1) - 1).clamp_max(1.0)
+
 
 class SearchedPlanner:
     """The best input-independent plan at each budget: units leave in the searched order until the plan fits.
@@ -85,18 +108,8 @@ class SearchedPlanner:
     budgeted = True
 
     def __init__(self, backbone: Backbone, seed: int = 0, plan: str = "static.json"):
-        self.backbone, layout = backbone, backbone.layout
-        found = SearchedOrder.load(Path(plan))
-        mine = (layout.tokens, layout.layers, layout.heads)
-        numbers = [number for unit in found.order for number in unit]
-        if found.layout != mine or min(numbers, default=0) < 0 or max(numbers, default=0) >= layout.size:
-            raise InputError(
-                f"the plan in {plan!r} is for (tokens, layers, heads) = {found.layout}; backbone {backbone.name!r} has "
-                f"{mine}: search anew with python -m eval search-static --backbone {backbone.name} --out FILE"
-            )
-        self.stays_A = torch.full((layout.size,), float("inf"))
-        for place, unit in enumerate(found.order):
-            self.stays_A[list(unit)] = float(place)
+        self.backbone = backbone
+        self.stays_A = SearchedOrder.load(Path(plan)).stays(backbone)
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         """Plans within their budgets.

@@ -1,0 +1,1 @@
+"""Published benchmarks as query sources, with their official scoring."""
