@@ -6,9 +6,10 @@ components, V vocabulary, t new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Answers:
 class Backbone:
     """A Hugging Face VLM, used in place and not changed, that answers under a plan.
 
+    Several threads may use it at once; processor and vision tower then serve them one by one.
+
     Args:
         family: the model and what is particular to its kind.
         name: how the backbone is called in records.
@@ -86,9 +89,21 @@ class Backbone:
         )
         self.hidden = text.hidden_size
         self.signals: set[str] = set()
-        self.expected_answer_tokens = expected_answer_tokens
+        self.expected_answer_tokens, self.max_visual_tokens = expected_answer_tokens, max_visual_tokens
+        self._one_by_one = RLock()  # tokenizers change as they pad, and what the tower says is heard through hooks
         self.prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
         self._decode_ids = lru_cache(maxsize=65536)(self._detokenize)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that make the same of the same model; ``attention`` is a matter of the device."""
+        return {
+            "heads": self.layout.heads,
+            "width": self.decoder.width,
+            "protected_layers": self.layout.protected_layers,
+            "expected_answer_tokens": self.expected_answer_tokens,
+            "max_visual_tokens": self.max_visual_tokens,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +141,10 @@ class Backbone:
         Raises:
             InputError: an image that the processor refuses, or whose visual tokens do not fit the layout.
         """
+        with self._one_by_one:
+            return self._encode_images(images, ids)
+
+    def _encode_images(self, images: Sequence[Image.Image], ids: Sequence[str] | None) -> list[EncodedImage]:
         try:
             batch = self.family.process(images, [self.prompt("")] * len(images))
         except ValueError as error:  # an extreme aspect ratio, say
@@ -133,7 +152,7 @@ class Backbone:
                 raise InputError(
                     f"the processor refuses the image of {_called(ids, 0)} ({error}); replace or remove it"
                 ) from error
-            parts = [self.encode_images([image], ids and [ids[row]]) for row, image in enumerate(images)]
+            parts = [self._encode_images([image], ids and [ids[row]]) for row, image in enumerate(images)]
             return [image for part in parts for image in part]
         visual, saliency = self.family.observe(batch, sorted(self.signals))
         encoded = self.read_batch(batch, visual, ids)
@@ -286,7 +305,8 @@ class Backbone:
         return prompts
 
     def _tokenize_prompt(self, question: str) -> tuple[list[int], list[int]]:
-        ids = self.processor.tokenizer(self.prompt(question))["input_ids"]
+        with self._one_by_one:
+            ids = self.processor.tokenizer(self.prompt(question))["input_ids"]
         image = self.model.config.image_token_id
         if ids.count(image) != 1:
             raise InputError(
@@ -298,10 +318,12 @@ class Backbone:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer's text as it follows the prompt, without an end token."""
-        return self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        with self._one_by_one:
+            return self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
 
     def _detokenize(self, ids: tuple[int, ...]) -> str:
-        return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        with self._one_by_one:
+            return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     # Execution
 
@@ -377,8 +399,15 @@ class Backbone:
         likelihood = None
         if reference_ids is not None:
             likelihood = self._score(logits_BV, reference_ids, encoding, kv)
-        tokens = self._generate(logits_BV, max_new_tokens, encoding, kv)
+        *_, tokens = self._generate(logits_BV, max_new_tokens, encoding, kv)
         return Answers([self._decode_ids(tuple(ids)) for ids in tokens], tokens, likelihood, masks)
+
+    @torch.no_grad()
+    def stream(self, encoding: Encoding, masks: Masks, max_new_tokens: int = 1) -> Iterator[Answers]:
+        """The answers so far after each step; the last are those of ``answer`` with the same arguments."""
+        logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1)
+        for tokens in self._generate(logits_BV, max_new_tokens, encoding, kv):
+            yield Answers([self._decode_ids(tuple(ids)) for ids in tokens], [list(ids) for ids in tokens], None, masks)
 
     def log_likelihood(self, encoding: Encoding, masks: Masks, answers: Sequence[str]) -> Tensor:
         """Log-probability of each row's answer text under its plan, (B,) float32 (summed over its tokens)."""
@@ -414,7 +443,8 @@ class Backbone:
 
     def _generate(
         self, logits_BV: Tensor, max_new_tokens: int, encoding: Encoding, kv: KVCache | None
-    ) -> list[list[int]]:
+    ) -> Iterator[list[list[int]]]:
+        """The ids of all answers after each step, in lists that grow."""
         ends = self.model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         answers: list[list[int]] = [[] for _ in range(len(logits_BV))]
@@ -425,11 +455,11 @@ class Backbone:
                 open_rows[row] = open_rows[row] and token not in ends
                 if open_rows[row]:
                     answers[row].append(token)
+            yield answers
             if not any(open_rows) or step + 1 == max_new_tokens:
-                break
+                return
             assert kv is not None
             logits_BV = self.extend(next_B[:, None], encoding.next_rope_B + step, kv)[:, 0]
-        return answers
 
     # Cost
 

@@ -48,7 +48,8 @@ def load_backbone(
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"backbone {name!r} could not be read ({reason}); check the folder or hub id") from error
+        remedy = "check the folder" if looks_local else how_to_fetch(name)
+        raise InputError(f"backbone {name!r} could not be read ({reason}); {remedy}") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise InputError(
@@ -77,6 +78,14 @@ def _base_of(where: str | Path, name: str) -> str | Path:
     except (ValueError, KeyError) as error:
         raise InputError(f"backbone {name!r} has an unreadable adapter_config.json ({error!r})") from error
     return TINY_FOLDER if base == "tiny" else base
+
+
+def how_to_fetch(hub_id: str) -> str:
+    """What to do where the hub cannot be reached."""
+    return (
+        f"check the hub id; without network here, run `hf download {hub_id} --local-dir FOLDER` elsewhere and give the "
+        "path of that folder"
+    )
 
 
 def check_placement(dtype: torch.dtype, device: torch.device | str) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from backbones.encoding import Query, no_image
 from backbones.errors import InputError
+from backbones.images import read_image
 from backbones.naming import parse_options
 from envs.accepted import Accepted
 from envs.benchmarks.metrics import Answered, Metrics
@@ -177,16 +178,8 @@ class DatasetQueries:
         return decoded[0] if len(decoded) == 1 else side_by_side(*decoded)
 
     def _decode(self, number: int, image: dict[str, Any]) -> Image.Image:
-        where, id = image["path"] or f"row {self._rows[number]}", self._id(number)
-        try:
-            opened = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
-            return opened.convert("RGB")
-        except FileNotFoundError as error:
-            raise InputError(f"image {where} of query {id!r} does not exist") from error
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise InputError(
-                f"image {where} of query {id!r} cannot be decoded ({error}); replace or remove it"
-            ) from error
+        called = f"image {image['path'] or f'row {self._rows[number]}'} of query {self._id(number)!r}"
+        return read_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]), called)
 
 
 def _stored(dataset: datasets.Dataset) -> dict[str, Any]:

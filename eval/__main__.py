@@ -16,6 +16,7 @@ from envs import load_queries
 from eval import cli, elasticity, gradients, report
 from eval.audit import Audit
 from eval.bench import bench, bench_table
+from eval.demo.command import Demo
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.experiment.command import Experiment
 from eval.latency import calibrate, device_name, measure
@@ -288,6 +289,7 @@ Command = (
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[ScaleOut, tyro.conf.subcommand("scale-out")]
 )
 

@@ -146,7 +146,7 @@ class ControllerRunConfig(Placement):
             fresh = TwoLevelController(sizes)
             fresh.begin_with(SearchedOrder.load(self.initial_plan).confidence(backbone))
             return fresh.state_dict()
-        controller = load_controller(self.init_from, backbone)
+        controller = load_controller(self.init_from, backbone, any_weights=True)
         if not isinstance(controller, TwoLevelController):
             raise InputError(f"--init-from {str(self.init_from)!r} is a scheduler of AdaLLaVA's; give a run of another")
         if controller.config.width != sizes.width or controller.config.pools != sizes.pools:
@@ -243,9 +243,9 @@ def conclude(
 ) -> None:
     """Save the controller and a backbone that was tuned, evaluate beside the plain model, and random plans and an even
     one of equal cost, draw and print."""
-    save_controller(controller, folder.path)
     if tuning is not None:
         tuning.save(folder.model)
+    save_controller(controller, folder.path, backbone)
     bank = EncodingBank(backbone, load_queries(config.data, "test", config.test_queries))
     axes, layout = check_axes(config.axes), config.laying_out()
     even: Planner = EvenPlanner(backbone, axes=axes)

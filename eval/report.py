@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -75,7 +72,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
     """Accuracy over LLM FLOPs, one line a policy, with 95 % error bars."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for policy in dict.fromkeys(record["policy"] for record in records):
         own = sorted((record for record in records if record["policy"] == policy), key=lambda r: r["llm_flops_ratio"])
         x = [100 * record["llm_flops_ratio"] for record in own]
@@ -92,12 +90,12 @@ def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Training reward, and validation accuracy at each budget, over answered plans."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     rewards = [(line["queries"], line["reward"]) for line in metrics if "reward" in line]
     if rewards:
         left.plot(*zip(*rewards, strict=True), linewidth=1)
@@ -112,4 +110,3 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -7,8 +7,9 @@ import gymnasium
 
 from backbones import MaskLayout, Masks, Query, load_backbone
 from envs import RewardTerms, load_queries
+from maskgym.adaptive import AdaptiveVLM
 
-__all__ = ["MaskLayout", "Masks", "Query", "RewardTerms", "load_backbone", "load_queries"]
+__all__ = ["AdaptiveVLM", "MaskLayout", "Masks", "Query", "RewardTerms", "load_backbone", "load_queries"]
 
 gymnasium.register(
     id="maskgym/Masking-v0",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from backbones.backbone import Backbone
@@ -105,5 +105,10 @@ class JointTuning:
         restore_optimizer(self.optimizer, own)
 
     def save(self, folder: Path) -> None:
-        """Write what ``load_backbone`` reads: adapters, or the whole model."""
+        """Write what ``load_backbone`` reads: adapters, or the whole model.
+
+        Adapters then become part of the weights, as they do when loaded: what follows is done by what was saved.
+        """
         save_model(self.model, self.backbone, folder)
+        if isinstance(self.model, PeftModel):
+            self.model.merge_and_unload()

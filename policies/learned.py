@@ -15,6 +15,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
+from backbones.fingerprint import fingerprint
 from backbones.masks import Masks
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
 from policies.baselines import Planner
@@ -22,6 +23,8 @@ from policies.controller import ControllerConfig, TwoLevelController
 from policies.decisions import Decider
 
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
+MADE_FOR = "backbone_fingerprint"
+"""In ``controller.json``: fingerprint of the weights that it was trained for. Older files lack it and go unchecked."""
 
 
 class ControllerPlanner:
@@ -64,22 +67,30 @@ def planner_of(controller: Controller, backbone: Backbone, name: str) -> Planner
     return ControllerPlanner(controller, backbone, name)
 
 
-def save_controller(controller: Controller, folder: Path) -> None:
-    """Write ``controller.safetensors`` and ``controller.json``."""
+def save_controller(controller: Controller, folder: Path, backbone: Backbone) -> None:
+    """Write ``controller.safetensors`` and ``controller.json``; the latter names the backbone's weights, too."""
     kind = next(name for name, (_, module) in _KINDS.items() if type(controller) is module)
     save_file({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}, folder / WEIGHTS)
-    (folder / SIZES).write_text(json.dumps({"kind": kind, **controller.config_dict()}, indent=2) + "\n")
+    described = {"kind": kind, **controller.config_dict(), MADE_FOR: fingerprint(backbone.model)}
+    (folder / SIZES).write_text(json.dumps(described, indent=2) + "\n")
 
 
-def load_controller(folder: Path, backbone: Backbone) -> Controller:
+def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False) -> Controller:
     """Read a controller back.
 
+    Args:
+        folder: where it lies.
+        backbone: what it shall plan for.
+        any_weights: whether a backbone of the same sizes will do, as a start of further training.
+
     Raises:
-        InputError: a missing or unreadable file, or a controller for another backbone.
+        InputError: a missing or unreadable file, or a controller for another backbone: of another layout, or with other
+            weights.
     """
     try:
         sizes: dict[str, Any] = json.loads((folder / SIZES).read_text())
         make_config, make = _KINDS[sizes.pop("kind", "two-level")]
+        made_for = sizes.pop(MADE_FOR, None)
         config = make_config(**sizes)
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
@@ -92,6 +103,11 @@ def load_controller(folder: Path, backbone: Backbone) -> Controller:
         raise InputError(
             f"the controller in {str(folder)!r} is for ({', '.join(sizes)}) = {mine}; "
             f"backbone {backbone.name!r} has {theirs}"
+        )
+    if made_for is not None and not any_weights and made_for != (here := fingerprint(backbone.model)):
+        raise InputError(
+            f"the controller in {str(folder)!r} was trained for other weights (fingerprint {made_for}) than those of "
+            f"backbone {backbone.name!r} ({here}); name the backbone that it was trained on, or train one for this"
         )
     controller = make(config)
     try:

@@ -17,10 +17,11 @@ from eval.experiment import arms, command
 from eval.experiment.arms import Arm, Prepared, relaxed
 from eval.experiment.cells import Cell, fill, lay_out
 from eval.experiment.claims import claims
-from eval.experiment.pictures import darkened
 from eval.experiment.statistics import area_under_curve, compare, hypervolume, interquartile_mean, mean_over_seeds
 from eval.experiment.summary import ArmResult, by_kind
+from eval.plan_pictures import darkened
 from eval.policies import load_planner
+from tests.browser import CHROMIUM, QUIET
 from tests.conftest import command as run_command
 from tests.conftest import make_dataset
 
@@ -245,7 +246,6 @@ def test_a_cell_without_files_is_not_done(tmp_path):
     assert not cell.done and not cell.trained and cell.failure() is None
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 ON_A_PHONE = """<!doctype html><title>loading</title><iframe id="page" style="width: 390px; height: 800px"></iframe>
 <script>
 const frame = document.getElementById("page");
@@ -269,8 +269,7 @@ def test_the_page_can_be_read_on_a_phone(done, tmp_path):
     page = tmp_path / "phone.html"
     text = (done / "training" / "report.html").read_text()
     page.write_text(ON_A_PHONE.replace("PAGE", json.dumps(text).replace("</", "<\\/")))
-    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    options = [*quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
+    options = [*QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
     shown = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
     assert found["width"] <= 390 and found["images"] >= 5 and found["broken"] == 0

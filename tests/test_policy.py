@@ -271,7 +271,7 @@ def test_rollout_memory_per_transition(small, source):
 def test_saved_controllers_load_equal_and_only_for_their_layout(small, source, tmp_path):
     torch.manual_seed(0)
     controller = TwoLevelController(ControllerConfig.for_layout(small.layout, small.hidden))
-    save_controller(controller, tmp_path)
+    save_controller(controller, tmp_path, small)
     loaded = load_controller(tmp_path, small)
     encoding = EncodingBank(small, source).gather(range(8))
     budgets = torch.full((8,), 0.7, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """What vision towers say of their patches: the attention matrices' own rows and means, token by token in order."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
@@ -142,6 +144,17 @@ def test_the_bank_asks_again_when_more_is_wanted(source):
     assert not first.saliency and set(second.saliency) == {CLS_LAST}
     assert torch.equal(first.visual_BND, second.visual_BND)
     assert bank._bytes == sum(image.nbytes for image in bank._kept.values()) > size
+
+
+def test_of_threads_each_hears_its_own_image(source):
+    """Hooks on the shared tower hear whoever runs it."""
+    backbone = build_of("llava")
+    backbone.listen([CLS_LAST])
+    numbers = [0, 2, 4, 6] * 16
+    alone = [backbone.encode([source[number]]).saliency[CLS_LAST].received for number in numbers]
+    with ThreadPoolExecutor(8) as pool:
+        together = pool.map(lambda number: backbone.encode([source[number]]).saliency[CLS_LAST].received, numbers)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(alone, together, strict=True))
 
 
 def test_what_a_tower_lacks_is_named():

@@ -5,7 +5,6 @@ Shape legend: N visual tokens, L layers, H head slots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from eval.experiment.statistics import Estimate
 from eval.experiment.summary import ArmResult
+from eval.plan_pictures import show_heads, show_tokens
 from eval.runs import RunFolder
 
 FORMATS = ("png", "svg")
@@ -129,7 +128,6 @@ def draw_gallery(
 ) -> Path:
     """What each policy kept for one query at some budgets: the image with dropped tokens dark, and heads x layers."""
     budgets = list(dict.fromkeys(budget for own in shown.values() for budget in own))
-    pixels = np.asarray(image.convert("RGB"))
     with plt.rc_context({"axes.grid": False}):
         figure, grid = plt.subplots(
             len(shown),
@@ -141,15 +139,13 @@ def draw_gallery(
         for row, (policy, own) in enumerate(shown.items()):
             for column, budget in enumerate(budgets):
                 left, right = grid[row, 2 * column], grid[row, 2 * column + 1]
-                for axes in (left, right):
-                    axes.set(xticks=[], yticks=[])
-                    for spine in axes.spines.values():
-                        spine.set_visible(False)
                 if budget not in own:
+                    left.set_axis_off()
+                    right.set_axis_off()
                     continue
                 each = own[budget]
-                left.imshow(darkened(pixels, each.tokens))
-                right.imshow(each.heads, cmap=ListedColormap(["#dddddd", "#1f77b4"]), vmin=0, vmax=1, aspect="equal")
+                show_tokens(left, image, each.tokens)
+                show_heads(right, each.heads)
                 right.set_title(each.answer or "(nothing)", fontsize=7, color="#1a7f37" if each.right else "#cf222e")
                 if row == 0:
                     left.set_title(f"{100 * budget:g} %", fontsize=8)
@@ -157,20 +153,6 @@ def draw_gallery(
                     left.set_ylabel(policy, fontsize=7, rotation=0, ha="right", va="center")
         figure.suptitle(question, fontsize=9)
         return _save(figure, folder, name, ("png",))
-
-
-def darkened(pixels: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The image with the patches of dropped tokens dark; where tokens are no square grid, a strip below says which are
-    kept."""
-    side = math.isqrt(len(tokens))
-    height, width = pixels.shape[:2]
-    if side * side == len(tokens):
-        rows, columns = (np.arange(size) * side // size for size in (height, width))
-        kept = tokens.reshape(side, side)[rows][:, columns]
-        return np.where(kept[..., None], pixels, pixels // 4)
-    strip = tokens[np.arange(width) * len(tokens) // width]
-    band = np.repeat(np.where(strip[None, :, None], 255, 40), max(2, height // 12), axis=0)
-    return np.concatenate([pixels, np.broadcast_to(band, (*band.shape[:2], 3)).astype(pixels.dtype)])
 
 
 def _save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = FORMATS) -> Path:

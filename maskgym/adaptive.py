@@ -1,0 +1,335 @@
+"""``AdaptiveVLM``: a VLM with a trained controller, to call from one's own code."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from PIL import Image
+
+from backbones.backbone import Backbone
+from backbones.encoding import Query
+from backbones.errors import InputError
+from backbones.images import read_image
+from backbones.latency_model import LatencyModel
+from backbones.loading import how_to_fetch, load_backbone
+from eval.evaluate import Record, check_budgets
+from eval.runs import RunFolder, environment, write_atomically
+from eval.timing import how_to_calibrate, load_latency_model
+from maskgym.model_card import model_card
+from policies.adapters import save_model
+from policies.learned import Controller, load_controller, planner_of, save_controller
+from policies.milliseconds import MillisecondPlanner
+from policies.replies import Planned, Reply, Stream
+
+DESCRIPTION, RECORDS, MODEL = "adaptive.json", "result.json", "model"
+DEFAULT_BUDGET = 0.5
+
+AnyImage = Image.Image | str | Path
+
+
+class AdaptiveVLM:
+    """Answers questions about images, each within a budget of its own.
+
+    Several threads may use one at once.
+
+    Args:
+        controller: chooses what is computed.
+        backbone: answers.
+        name: how it is called in its model card.
+        latency_model: predicts prefill times; for budgets in milliseconds.
+        records: what its training has measured; for its model card.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        backbone: Backbone,
+        name: str,
+        latency_model: LatencyModel | None = None,
+        records: Sequence[Record] = (),
+    ):
+        self.controller, self.backbone, self.name = controller, backbone, name
+        self.latency_model, self.records = latency_model, list(records)
+        self.planner = planner_of(controller, backbone, name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: str | Path,
+        backbone: str | Backbone | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        latency_model: str | Path | None = None,
+    ) -> AdaptiveVLM:
+        """Load a run folder of ``train_rl.py`` or ``train_gumbel.py``, what ``save_pretrained`` wrote, or a hub id.
+
+        Args:
+            place: of the controller.
+            backbone: by name, or loaded; by default the one that the controller was trained on.
+            device: where a backbone is loaded to, and
+            dtype: of its weights.
+            latency_model: a file that ``python -m eval latency --out`` wrote on this device.
+
+        Raises:
+            InputError: nothing loadable there, a controller for another backbone, or a latency model of another.
+        """
+        folder = _local(str(place))
+        if not isinstance(backbone, Backbone):
+            own, options = _backbone_of(folder)
+            backbone = load_backbone(backbone or own, dtype, device, **options)
+        latency = None if latency_model is None else load_latency_model(Path(latency_model), backbone)
+        return cls(load_controller(folder, backbone), backbone, Path(place).name, latency, _records(folder))
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self,
+        images: AnyImage,
+        questions: str,
+        budget: float | Sequence[float] | None = ...,
+        latency_ms: float | None = ...,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+    ) -> Reply: ...
+
+    @overload
+    def generate(
+        self,
+        images: Sequence[AnyImage],
+        questions: Sequence[str],
+        budget: float | Sequence[float] | None = ...,
+        latency_ms: float | None = ...,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+    ) -> list[Reply]: ...
+
+    @overload
+    def generate(
+        self,
+        images: AnyImage,
+        questions: str,
+        budget: float | None = ...,
+        latency_ms: float | None = ...,
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+    ) -> Stream: ...
+
+    def generate(
+        self,
+        images: AnyImage | Sequence[AnyImage],
+        questions: str | Sequence[str],
+        budget: float | Sequence[float] | None = None,
+        latency_ms: float | None = None,
+        max_new_tokens: int = 32,
+        stream: bool = False,
+    ) -> Reply | list[Reply] | Stream:
+        """Answer one question, or a batch, each within its own budget.
+
+        Args:
+            images: one, or B; pictures or files.
+            questions: one, or B.
+            budget: share, in (0, 1], of the full plan's LLM FLOPs: one for all, or one each; by default a half.
+            latency_ms: milliseconds of each query's prefill, in place of ``budget``.
+            max_new_tokens: answers are cut there.
+            stream: give the pieces of one answer as they come.
+
+        Returns:
+            A ``Reply``, a list of B, or a ``Stream``.
+
+        Raises:
+            InputError: other numbers of images, questions and budgets than needed; a budget outside (0, 1], or below
+                what the smallest plan costs; a query that the VLM cannot take.
+        """
+        one = isinstance(questions, str)
+        if stream and not one:
+            raise InputError(f"stream=True is for one question; {len(questions)} were given: ask them one by one")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        queries = _queries(images, questions)
+        planned = self._plan(queries, budget, latency_ms)
+        if stream:
+            return Stream(planned, max_new_tokens)
+        replies = planned.answer(max_new_tokens)
+        return replies[0] if one else replies
+
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **options: Any) -> list[Record]:
+        """As a ``transformers`` pipeline: ``vlm(images=…, text=…)``, or ``vlm([{"image": …, "text": …}, …])``.
+
+        Args:
+            images: one, or B; or dicts that hold the texts too.
+            text: one, or B.
+            **options: of ``generate``: budget, latency_ms, max_new_tokens.
+
+        Returns:
+            For each query a dict of ``input_text``, ``generated_text`` and the figures of its ``Reply``.
+
+        Raises:
+            InputError: a dict without image or text; and what ``generate`` refuses.
+        """
+        if text is None:
+            images, text = _unpack(images)
+        if isinstance(text, str):
+            images, text = [images], [text]
+        replies = self.generate(images, text, **options)
+        return [
+            {"input_text": asked, "generated_text": reply.text, **reply.figures()}
+            for asked, reply in zip(text, replies, strict=True)
+        ]
+
+    def save_pretrained(self, folder: str | Path, with_backbone: bool | None = None) -> None:
+        """Write controller, model card, and perhaps the VLM, for ``from_pretrained``.
+
+        Args:
+            folder: to write to; it is made if need be.
+            with_backbone: whether to write the VLM's weights too, or only its name. By default where it was loaded from
+                a folder, which others do not have.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = Path(self.backbone.name).is_dir() if with_backbone is None else with_backbone
+        if whole:
+            save_model(self.backbone.model, self.backbone, folder / MODEL)
+        save_controller(self.controller, folder, self.backbone)
+        described = {
+            "backbone": MODEL if whole else self.backbone.name,
+            "backbone_options": self.backbone.options,
+            "maskgym": environment()["maskgym"],
+        }
+        write_atomically(folder / DESCRIPTION, (json.dumps(described, indent=2) + "\n").encode())
+        write_atomically(folder / RECORDS, (json.dumps(self.records, indent=2) + "\n").encode())
+        write_atomically(folder / "README.md", model_card(self.name, self.backbone, whole, self.records).encode())
+
+    def push_to_hub(
+        self, repo_id: str, with_backbone: bool | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload what ``save_pretrained`` writes; returns its address.
+
+        Args:
+            repo_id: ``owner/name``; it is made if need be.
+            with_backbone: as in ``save_pretrained``.
+            private: whether a new repository is.
+            token: by default the one that ``hf auth login`` has kept.
+
+        Raises:
+            InputError: the hub cannot be reached, or refuses.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / repo_id.rpartition("/")[2]
+            AdaptiveVLM(self.controller, self.backbone, repo_id, records=self.records).save_pretrained(
+                folder, with_backbone
+            )
+            try:
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder)
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise InputError(
+                    f"nothing was uploaded to {repo_id!r} ({_reason(error)}); log in with `hf auth login`, or use "
+                    "save_pretrained and upload the folder where there is network"
+                ) from error
+        return str(url)
+
+    def _plan(
+        self, queries: Sequence[Query], budget: float | Sequence[float] | None, latency_ms: float | None
+    ) -> Planned:
+        if latency_ms is None:
+            budgets = _budgets(DEFAULT_BUDGET if budget is None else budget, len(queries))
+            return Planned.of(self.planner, self.backbone, queries, budgets, self.latency_model)
+        if budget is not None:
+            raise InputError(f"budget {budget} and latency_ms {latency_ms:g} stand for each other; give one of them")
+        if self.latency_model is None:
+            raise InputError(
+                f"latency_ms needs a latency model: make one with {how_to_calibrate(self.backbone.name)}, and give "
+                "latency_model='latency.json' to from_pretrained"
+            )
+        timed = MillisecondPlanner(self.planner, self.backbone, self.latency_model, latency_ms)
+        return Planned.of(timed, self.backbone, queries, [1.0] * len(queries), self.latency_model)
+
+
+def _queries(images: AnyImage | Sequence[AnyImage], questions: str | Sequence[str]) -> list[Query]:
+    texts = [questions] if isinstance(questions, str) else list(questions)
+    pictures = list(images) if isinstance(images, list | tuple) else [images]
+    if not texts or len(pictures) != len(texts):
+        raise InputError(f"{len(pictures)} images and {len(texts)} questions were given; give one image a question")
+    rows = enumerate(zip(pictures, texts, strict=True))
+    return [Query(str(row), _picture(image), question) for row, (image, question) in rows]
+
+
+def _picture(image: Any) -> Any:
+    """In RGB; what is no image is left to the query to refuse."""
+    if isinstance(image, str | Path):
+        return read_image(image, f"image {str(image)!r}")
+    return image.convert("RGB") if isinstance(image, Image.Image) else image
+
+
+def _budgets(budget: float | Sequence[float], rows: int) -> tuple[float, ...]:
+    budgets = check_budgets([budget] * rows if isinstance(budget, int | float) else budget)
+    if len(budgets) != rows:
+        raise InputError(f"{len(budgets)} budgets were given for {rows} questions; give one each, or one for all")
+    return budgets
+
+
+def _unpack(rows: Any) -> tuple[list[Any], list[str]]:
+    """Images and texts of dicts."""
+    rows = [rows] if isinstance(rows, dict) else list(rows or [])
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"image", "text"} <= row.keys():
+            given = f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise InputError(f"input {number} is {given}; give images and text, or dicts with the keys image and text")
+    return [row["image"] for row in rows], [row["text"] for row in rows]
+
+
+def _local(place: str) -> Path:
+    """The folder; fetched from the hub if there is none of that name."""
+    if Path(place).exists() or place.startswith((".", "/", "~")) or place.count("/") != 1:
+        return Path(place)
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        hf_hub_download(place, DESCRIPTION)  # a VLM's own repository, named by mistake, is large
+        return Path(snapshot_download(place))
+    except Exception as error:  # no network, no such repository or file, no right to it: a kind each
+        raise InputError(
+            f"{place!r} is no folder here, and no controller could be fetched from the hub ({_reason(error)}); "
+            f"{how_to_fetch(place)}; or give the path of a run folder"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Name and options of the VLM that a folder's controller is for.
+
+    Raises:
+        InputError: neither a run nor saved, or unreadable.
+    """
+    file = folder / DESCRIPTION
+    if RunFolder(folder).is_run():
+        return RunFolder(folder).backbone(), {}
+    if not file.is_file():
+        raise InputError(
+            f"{str(folder)!r} is neither a run folder (no config.yaml) nor what save_pretrained wrote (no "
+            f"{DESCRIPTION}); give the path of one of these, or a hub id"
+        )
+    try:
+        described = json.loads(file.read_text())
+        name, options = str(described["backbone"]), dict(described["backbone_options"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
+    return str(folder / MODEL) if name == MODEL else name, options
+
+
+def _records(folder: Path) -> list[Record]:
+    """What a run has measured at its end, if it has come to it."""
+    file = folder / RECORDS
+    return json.loads(file.read_text()) if file.is_file() else []

@@ -1,0 +1,159 @@
+"""Answers to single queries, each with its plan and what it took: for use, where records are for comparisons.
+
+Shape legend: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.backbone import Answers, Backbone
+from backbones.encoding import Encoding, Query
+from backbones.latency_model import LatencyModel
+from backbones.masks import Masks
+from policies.baselines import Planner
+from policies.milliseconds import MillisecondPlanner
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it took.
+
+    Attributes:
+        text: the answer.
+        plan: what was kept: 1 row.
+        budget: share, in (0, 1], of the full plan's LLM FLOPs that the plan was given.
+        llm_flops_ratio: share that the plan costs, controller included, at the answer length that plans are priced at.
+        llm_flops: the same in FLOPs.
+        total_flops: with vision tower and projector.
+        spent_llm_flops: LLM FLOPs of this answer with all its tokens.
+        kept_tokens: visual tokens, the mean over layers.
+        kept_heads: head slots in layers that were run.
+        kept_layers: layers that were run.
+        predicted_ms: milliseconds of the prefill, by a latency model; None without one.
+    """
+
+    text: str
+    plan: Masks
+    budget: float
+    llm_flops_ratio: float
+    llm_flops: int
+    total_flops: int
+    spent_llm_flops: int
+    kept_tokens: float
+    kept_heads: int
+    kept_layers: int
+    predicted_ms: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """All but text and plan, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("text", "plan")}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Queries with their plans, ready to be answered.
+
+    Attributes:
+        planner: has chosen them; its FLOPs are charged.
+        backbone: answers.
+        encoding: B queries.
+        masks: B plans.
+        budgets_B: shares that they were given.
+        latency_model: predicts their prefill, if asked to.
+    """
+
+    planner: Planner
+    backbone: Backbone
+    encoding: Encoding
+    masks: Masks
+    budgets_B: Tensor
+    latency_model: LatencyModel | None = None
+
+    @classmethod
+    def of(
+        cls,
+        planner: Planner,
+        backbone: Backbone,
+        queries: Sequence[Query],
+        budgets: Sequence[float],
+        latency_model: LatencyModel | None = None,
+    ) -> Planned:
+        """Encode B queries and plan each within its own budget.
+
+        Raises:
+            InputError: a query that fails, or a budget below the cost of the smallest plan.
+        """
+        encoding = backbone.encode(queries)
+        budgets_B = torch.tensor(budgets, dtype=torch.float64, device=backbone.device)
+        if isinstance(planner, MillisecondPlanner):
+            masks, budgets_B = planner.choose(encoding, budgets_B)
+        else:
+            masks = planner.plan(encoding, budgets_B)
+        return cls(planner, backbone, encoding, masks, budgets_B, latency_model)
+
+    def answer(self, max_new_tokens: int) -> list[Reply]:
+        """The B replies."""
+        return self.replies(self.backbone.answer(self.encoding, self.masks, max_new_tokens))
+
+    def replies(self, answers: Answers) -> list[Reply]:
+        """What answers to these plans took."""
+        backbone, encoding, masks = self.backbone, self.encoding, answers.masks
+        controller = self.planner.controller_flops(encoding)
+        lengths_B = torch.tensor([len(ids) for ids in answers.tokens], device=backbone.device)
+        cost = backbone.cost(encoding, masks, controller)
+        columns: dict[str, Tensor] = {
+            "budget": self.budgets_B,
+            "llm_flops_ratio": cost.llm / backbone.full_llm_flops(encoding),
+            "llm_flops": cost.llm,
+            "total_flops": cost.total,
+            "spent_llm_flops": backbone.cost(encoding, masks, controller, lengths_B).llm,
+            "kept_tokens": backbone.visual_counts(masks).double().mean(1),
+            "kept_heads": masks.effective_heads.sum((1, 2)),
+            "kept_layers": masks.layers.sum(1),
+        }
+        if self.latency_model is not None:
+            columns["predicted_ms"] = self.latency_model.predict(backbone, encoding, masks)
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [
+            Reply(text, masks[row : row + 1].to("cpu"), **dict(zip(columns, figures, strict=True)))
+            for row, (text, figures) in enumerate(zip(answers.texts, rows, strict=True))
+        ]
+
+
+class Stream:
+    """The pieces of an answer as they come; together they are the reply's text.
+
+    Args:
+        planned: one query.
+        max_new_tokens: the answer is cut there.
+
+    Attributes:
+        reply: None until the answer has ended.
+    """
+
+    def __init__(self, planned: Planned, max_new_tokens: int):
+        self.reply: Reply | None = None
+        self._pieces = self._say(planned, max_new_tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _say(self, planned: Planned, max_new_tokens: int) -> Iterator[str]:
+        said = ""
+        for answers in planned.backbone.stream(planned.encoding, planned.masks, max_new_tokens):
+            sure = answers.texts[0].rstrip("\ufffd")  # what a character begun by this token may still replace
+            if sure.startswith(said) and sure != said:
+                yield sure[len(said) :]
+                said = sure
+        (self.reply,) = planned.replies(answers)
+        if self.reply.text != said:
+            yield self.reply.text[len(said) :]
