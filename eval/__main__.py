@@ -85,17 +85,19 @@ class Run(cli.Placement):
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
         records: list[Record] = []
+        reasons: list[str] = []
         how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict}
         for planner in planners:
             found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed, **how)
-            if not found:
-                raise cli.InputError(next(iter(gaps.values())))
             for budget, reason in gaps.items():
                 print(f"{planner.name} at {budget:g} is left out: {reason}", file=sys.stderr)
+            reasons += gaps.values()
             own = [outcome.record for outcome in found]
             if self.timing:
                 add_timing(planner, backbone, first_queries(bank, self.timing), own)
             records += own
+        if not records:
+            raise cli.InputError(reasons[0])
         print(report.tables(records))
         cli.write_json(self.json, records)
         if self.plot is not None:

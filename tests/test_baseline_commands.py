@@ -36,6 +36,16 @@ def test_shares_of_the_tokens_make_a_record_each(monkeypatch, place, tmp_path, c
     assert "| keep |" in capsys.readouterr().out.replace("  ", " ")
 
 
+def test_what_a_policy_cannot_meet_is_left_out_and_the_others_go_on(monkeypatch, place, tmp_path, capsys):
+    """One of three layers runs on all tokens, so a mean of 0.3 of them is not to be had."""
+    records = run(monkeypatch, place, tmp_path, "run", "pyramiddrop:layers=1", "stride", "--keep", "0.3")
+    assert [record["policy"] for record in records] == ["stride"]
+    assert "is left out: a share of 0.3 of the visual tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, place, tmp_path, "run", "pyramiddrop:layers=1", "--keep", "0.3")
+    assert "error: a share of 0.3 of the visual tokens" in capsys.readouterr().err
+
+
 def test_layouts_are_for_all_policies_but_full(monkeypatch, place, tmp_path):
     options = ["full", "stride", "divprune@original", "--budgets", "0.8", "--merge", "--positions", "renumbered"]
     records = run(monkeypatch, place, tmp_path, "run", *options)
