@@ -77,8 +77,8 @@ ADALLAVA = (
     Arm("prumerge+ then adallava-l", "prumerge+:count=budget,neighbours=8@original@0.5 then {adallava-l}"),
     Arm("fastv then adallava-l", "fastv:k=2@0.5 then {adallava-l}"),
 )
-"""Depth, width and depth, and depth after a token step that knows nothing of the controller; PruMerge+ as it was best on
-validation queries of scenes, at half of the tokens."""
+"""Depth, width and depth, and depth after a token step that knows nothing of the controller; PruMerge+ as it was best
+on validation queries of scenes, at half of the tokens."""
 
 STATIC_TOKENS = (
     "random-tokens",
