@@ -253,9 +253,8 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
 
     Args:
         data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``) or a path: a
-        ``save_to_disk``
-            folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder with one such
-            file per split; or several joined by ``+``.
+            ``save_to_disk`` folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder
+            with one such file per split; or several joined by ``+``.
         split: ``train``, ``validation`` or ``test``.
         limit: keep this many queries at most.
 
