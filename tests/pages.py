@@ -147,7 +147,10 @@ def check_command(words: list[str]) -> None:
         case ["accelerate", "launch", script, *arguments] if script in TRAININGS:
             _check_training(script, arguments)
         case ["python", "-m", "eval", *arguments]:
-            _check_values(_parsed(lambda: tyro.cli(eval_main.Command, args=arguments)))
+            options: Any = _parsed(lambda: tyro.cli(eval_main.Command, args=arguments))
+            _check_values(options)
+            if isinstance(options, eval_main.Run):
+                _run_shortly(options)
         case ["pip", "install", "-e", package]:
             _check_extras(package)
         case ["make", *targets]:
@@ -186,7 +189,7 @@ def _check_values(options: Any) -> None:
         _check_data(part)
     for policy in [*given.get("policies", ()), *([given["policy"]] if "policy" in given else ())]:
         for part in policy.split(THEN):
-            if not STAND_INS.match(part) and not any(place in part for place in PLACES):
+            if _is_there(part):
                 load_planner(part, tiny(), 0)
     WeightedReward(given.get("reward", "accuracy"))
     if given.get("arms"):
@@ -194,6 +197,29 @@ def _check_values(options: Any) -> None:
         unknown = set(given["arms"]) - arms
         if unknown:
             raise Wrong(f"{given['name']} has no arms {sorted(unknown)}")
+
+
+def _run_shortly(options: eval_main.Run) -> None:
+    """Evaluate on two queries those policies that are there, if VLM and data are."""
+    policies = tuple(policy for policy in options.policies if _is_there(policy))
+    if (
+        policies
+        and options.backbone is None
+        and (Path(options.data).exists() or options.data in ("easy-vqa", "scenes"))
+    ):
+        at_hand = {"policies": policies, "limit": 2, "timing": 0, "milliseconds": (), "latency_model": None}
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            dataclasses.replace(options, **at_hand, json=None, plot=None).run()
+
+
+def _is_there(policy: str) -> bool:
+    """Whether a policy has no part that a reader has to make or to name."""
+    parts = policy.split(THEN)
+    return all(Path(part).exists() or not (STAND_INS.match(part) or _is_placed(part)) for part in parts)
+
+
+def _is_placed(text: str) -> bool:
+    return any(place in text for place in PLACES)
 
 
 def _check_data(data: str) -> None:

@@ -74,6 +74,13 @@ BAD = {
     "code": ("```python\n1 / 0\n```", "page.md:2: ZeroDivisionError"),
     "order": ("```python\nprint(later)\n```\n\n```python\nlater = 1\n```", "NameError"),
     "warning": ("```python\nimport warnings\nwarnings.warn('stale', UserWarning)\n```", "UserWarning"),
+    "planner that fails": (
+        "```python title=\"guess.py\"\nclass Guess:\n    name, budgeted = 'guess', True\n\n"
+        "    def __init__(self, backbone, seed=0):\n        pass\n```\n\n"
+        + BASH.format("python -m eval run guess:Guess"),
+        "has no attribute 'plan'",
+    ),
+    "budget that none meets": (BASH.format("python -m eval run stride --budgets 0.001"), "least budget"),
     "module": ('```python title="guess.py"\nimport nowhere_at_all\n```', "nowhere_at_all"),
     "option in text": ("Give `--no-such-option 3`.", "no option --no-such-option"),
     "option of another in text": (
