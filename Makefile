@@ -1,4 +1,4 @@
-.PHONY: check format types test train
+.PHONY: check format types test docs train
 
 check: ## Lint, format check and types, as CI runs them
 	ruff check .
@@ -11,6 +11,9 @@ format: ## Mend what can be mended by machine
 
 test: ## The README's test command
 	pytest
+
+docs: ## The site, into site/; needs pip install -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 train: ## The README's first command
 	python train_rl.py --out runs/first

@@ -53,7 +53,8 @@ class MaskingCore:
             text tokens.
         max_new_tokens: answers are cut there; by default where the data's scoring has them cut, else at one token.
         latency_model: predicts prefill times, for rewards that ask for them.
-        positions, merge: how the kept tokens are laid out; see ``backbones.survivors``.
+        positions: how the kept tokens are laid out; see ``backbones.survivors``.
+        merge: whether dropped tokens are averaged into kept ones.
 
     Raises:
         InputError: an unknown name or path, a budget outside (0, 1], an unknown kind of observation.

@@ -253,9 +253,8 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
 
     Args:
         data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``) or a path: a
-        ``save_to_disk``
-            folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder with one such
-            file per split; or several joined by ``+``.
+            ``save_to_disk`` folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder
+            with one such file per split; or several joined by ``+``.
         split: ``train``, ``validation`` or ``test``.
         limit: keep this many queries at most.
 
@@ -269,7 +268,7 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
     whole = not Path(data).exists() and "+" in data
     parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
     if len(parts) > 1:
-        parts = [_with_ids(part) for part in parts]
+        parts = [_with_images(_with_ids(part)) for part in parts]
         kept = {"id", *COLUMNS, *OPTIONAL}
         parts = [part.select_columns([name for name in part.column_names if name in kept]) for part in parts]
     return DatasetQueries(datasets.concatenate_datasets(parts), data, split).head(limit)
@@ -289,3 +288,9 @@ def _with_ids(dataset: datasets.Dataset) -> datasets.Dataset:
     if "id" in dataset.column_names:
         return dataset
     return dataset.add_column("id", [str(row) for row in range(len(dataset))])
+
+
+def _with_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Paths of images as images, as other data sets have them."""
+    paths = getattr(dataset.features.get("image"), "dtype", None) == "string"
+    return dataset.cast_column("image", datasets.Image()) if paths else dataset

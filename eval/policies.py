@@ -71,7 +71,7 @@ def load_planner(policy: str, backbone: Backbone, seed: int, keep: float | None 
     """A planner as the command line names it.
 
     Args:
-        policy: see the top of this file.
+        policy: a run folder, a baseline, or a planner of one's own, with options and variants, as for ``eval run``.
         backbone: what it plans for.
         seed: of baselines that draw.
         keep: share of the visual tokens to keep in place of a budget.

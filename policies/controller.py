@@ -31,7 +31,9 @@ class ControllerConfig:
     """The sizes of a controller; saved as ``controller.json``.
 
     Attributes:
-        tokens, layers, heads: the layout that it decides on.
+        tokens: N of the layout that it decides on.
+        layers: L of the layout.
+        heads: H of the layout.
         hidden: D, the width of the backbone whose encodings it reads.
         width: W, its own.
         pools: K, learned poolings of the question.
@@ -43,7 +45,8 @@ class ControllerConfig:
         rule: how logits become a plan. ``"threshold"``: units with a positive logit, as many as there are, projected
             into the budget where they exceed it. ``"fill"``: all logits are shifted by one number until the
             plan that they stand for spends the budget; the second level again, given the tokens kept.
-        positions, merge: how the kept tokens are laid out; see ``backbones.survivors``.
+        positions: how the kept tokens are laid out; see ``backbones.survivors``.
+        merge: whether dropped tokens are averaged into kept ones.
     """
 
     tokens: int

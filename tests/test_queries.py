@@ -54,6 +54,19 @@ def test_local_paths_in_every_form_give_the_same_queries(tmp_path, form):
         assert loaded[number].image.tobytes() == expected[number].image.tobytes()
 
 
+def test_data_that_names_files_joins_data_that_holds_images(tmp_path):
+    made = make_dataset(4)
+    made.save_to_disk(tmp_path / "saved")
+    made[0]["image"].save(tmp_path / "one.png")
+    row = {"image": "one.png", "question": "which?", "answers": ["this"]}
+    (tmp_path / "listed.jsonl").write_text(json.dumps(row) + "\n")
+    for order in (("saved", "listed.jsonl"), ("listed.jsonl", "saved")):
+        joined = load_queries("+".join(str(tmp_path / name) for name in order), "train")
+        (place,) = (number for number in range(5) if joined[number].question == "which?")
+        assert len(joined) == 5 and place == (4 if order[0] == "saved" else 0)
+        assert joined[place].image.tobytes() == made[0]["image"].tobytes()
+
+
 def test_head_keeps_the_first_queries():
     assert [load_queries("easy-vqa", "test", 3).text(n)[0] for n in range(3)] == ["test-0", "test-1", "test-2"]
 
