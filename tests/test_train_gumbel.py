@@ -181,7 +181,7 @@ def test_a_controller_keeps_the_layout_that_it_was_trained_with(monkeypatch, pla
     ("arguments", "words"),
     [
         (["--axes", "layers", "--merge"], "--merge has no effect where --axes are layers; leave it out"),
-        (["--estimator", "adallava-l", "--positions", "original"], "--positions has no effect on adallava-l"),
+        (["--estimator", "adallava-l", "--positions", "restored"], "--positions has no effect on adallava-l"),
         (["--axes", "width"], "the axes are width; they must be some of tokens, heads, layers"),
         (["--temperatures", "0.1", "1"], "--temperatures is (0.1, 1.0)"),
         (["--cost-weight", "-1"], "--cost-weight is -1"),
