@@ -31,6 +31,26 @@ class Spent(TokenCounts):
         return {**super().to_dict(), **self.figures}
 
 
+class Scored(tuple, GenerationResult):
+    """A loss, and whether decoding gives the continuation: the pair that ``loglikelihood`` is to give.
+
+    It is a result, too, because the evaluator of lmms-eval 0.7 makes a string of a mere pair, and its multiple-choice
+    tasks then fail.
+
+    Args:
+        pair: the two.
+        token_counts: what scoring took.
+    """
+
+    text: tuple[float, bool]
+
+    def __new__(cls, pair: tuple[float, bool], token_counts: Spent) -> Scored:
+        return super().__new__(cls, pair)
+
+    def __init__(self, pair: tuple[float, bool], token_counts: Spent):
+        self.text, self.token_counts = pair, token_counts
+
+
 class MaskGym(lmms):
     """Answers the harness's requests under one budget or several; the harness is given the answers under the first.
 
@@ -62,7 +82,7 @@ class MaskGym(lmms):
         records = self._records([Request.to_generate(request, self.task_dict) for request in requests])
         return [GenerationResult(own["answer"], _spent(own)) for own, *_ in records]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Scored]:
         """Of each continuation the mean negative log-likelihood of its tokens, and whether decoding gives it.
 
         lmms-eval's own models give this loss, and its multiple-choice tasks take the choice of the lowest.
@@ -71,7 +91,7 @@ class MaskGym(lmms):
             InputError: a request that the VLM cannot take.
         """
         records = self._records([Request.to_score(request, self.task_dict) for request in requests])
-        return [(-own["log_likelihood"] / max(1, own["new_tokens"]), own["greedy"]) for own, *_ in records]
+        return [Scored((_loss(own), own["greedy"]), _spent(own)) for own, *_ in records]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not there: a query is one image and one question."""
@@ -86,6 +106,10 @@ class MaskGym(lmms):
         if counted:
             log_metrics(**throughput(counted))
         return records
+
+
+def _loss(record: Record) -> float:
+    return -record["log_likelihood"] / max(1, record["new_tokens"])
 
 
 def _spent(record: Record) -> Spent:
