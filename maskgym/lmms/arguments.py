@@ -15,6 +15,8 @@ from maskgym.lmms.answering import Answering
 from maskgym.lmms.recorded import Recorded, RecordFile
 from maskgym.lmms.requests import Request
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Answerer(Protocol):
     """A VLM, or its answers on file.
@@ -40,7 +42,7 @@ class Arguments:
         records: a new file for the records of all requests and budgets; needed for several.
         backbone: by default the one that the controller was trained on.
         device: by default CUDA, where there is one.
-        dtype: of the backbone's weights: float32, bfloat16 or float16.
+        dtype: of the backbone's weights, one of ``DTYPES``.
         batch_size: requests answered together.
         max_batch_size: lmms-eval's, of no use here: a batch size is not searched for.
     """
@@ -67,6 +69,8 @@ class Arguments:
             if name not in known:
                 raise InputError(f"model_args has the unknown option {name!r}; known: {', '.join(known)}")
         read = cls(**options)
+        if read.dtype not in DTYPES:
+            raise InputError(f"dtype={read.dtype} is not supported; give one of {', '.join(DTYPES)}")
         if (read.pretrained is None) == (read.answers is None):
             raise InputError(
                 "model_args needs either pretrained=RUN (a run folder, a saved controller or a hub id) or answers=FILE "
@@ -131,9 +135,8 @@ class Arguments:
         if self.records is not None:
             path = Path(self.records)
             file = RecordFile(path if processes == 1 else path.with_stem(f"{path.stem}-{rank}"))
-        dtype: Any = getattr(torch, self.dtype, self.dtype)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if processes > 1 and device == "cuda":
             device = f"cuda:{local_rank}"
-        vlm = AdaptiveVLM.from_pretrained(str(self.pretrained), self.backbone, device, dtype)
+        vlm = AdaptiveVLM.from_pretrained(str(self.pretrained), self.backbone, device, getattr(torch, self.dtype))
         return Answering(vlm.planner, vlm.backbone, self.budgets, size, file.append if file else None)
