@@ -130,7 +130,11 @@ def harness(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         (results,) = out.rglob("*_results.json")
         samples = {
-            task: [json.loads(row) for path in out.rglob(f"*_samples_{task}.jsonl") for row in path.open()]
+            task: [
+                json.loads(row)
+                for path in out.rglob(f"*_samples_{task}.jsonl")
+                for row in path.read_text().splitlines()
+            ]
             for task in ("made", "chosen")
         }
         return json.loads(results.read_text()), samples
