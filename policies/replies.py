@@ -89,7 +89,22 @@ class Planned:
         Raises:
             InputError: a query that fails, or a budget below the cost of the smallest plan.
         """
-        encoding = backbone.encode(queries)
+        return cls.of_encoding(planner, backbone, backbone.encode(queries), budgets, latency_model)
+
+    @classmethod
+    def of_encoding(
+        cls,
+        planner: Planner,
+        backbone: Backbone,
+        encoding: Encoding,
+        budgets: Sequence[float],
+        latency_model: LatencyModel | None = None,
+    ) -> Planned:
+        """Plan B encoded queries each within its own budget.
+
+        Raises:
+            InputError: a budget below the cost of the smallest plan.
+        """
         budgets_B = torch.tensor(budgets, dtype=torch.float64, device=backbone.device)
         if isinstance(planner, MillisecondPlanner):
             masks, budgets_B = planner.choose(encoding, budgets_B)

@@ -1,0 +1,1 @@
+"""The plug-in for lmms-eval: its requests answered under one or several budgets."""
