@@ -28,6 +28,7 @@ from envs.queries import NAMED
 from eval import cli
 from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.policies import load_planner
+from maskgym.lmms.arguments import Arguments
 from policies.chain import THEN
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,9 @@ PLACES = ("runs/", "path/to/", "checkpoints/")
 """Where a user's own things lie; whether they are there cannot be known here."""
 STAND_INS = re.compile(r"^(RUN|POLICY|BEST)(\.\.\.)?$")
 """Words in capitals that the reader replaces."""
+OF_LMMS_EVAL = {"--model", "--model_args", "--tasks", "--batch_size", "--output_path", "--log_samples", "--device"}
+OF_LMMS_EVAL |= {"--gen_kwargs", "--apply_chat_template", "--use_cache"}
+"""Options of the harness that may be named; it need not be installed."""
 OF_OTHERS = ("hf",)
 """Programs whose options are not ours to check."""
 PROSE = ("", "text")
@@ -151,6 +155,8 @@ def check_command(words: list[str]) -> None:
             _check_values(options)
             if isinstance(options, eval_main.Run):
                 _run_shortly(options)
+        case ["lmms-eval", "--model", "maskgym", "--model_args", given, *more]:
+            _check_model_args(given, more)
         case ["pip", "install", "-e", package]:
             _check_extras(package)
         case ["make", *targets]:
@@ -170,6 +176,13 @@ def _check_training(script: str, arguments: list[str]) -> None:
     options: Any = _parsed(lambda: cli.parse(config, arguments))
     check_values(options)
     _check_values(options)
+
+
+def _check_model_args(given: str, more: list[str]) -> None:
+    unknown = {word for word in more if word.startswith("--")} - OF_LMMS_EVAL
+    if unknown:
+        raise Wrong(f"lmms-eval has no option {', '.join(sorted(unknown))} that is known here")
+    Arguments.read(dict(part.split("=", 1) for part in given.split(",")))
 
 
 def _parsed(parse: Callable[[], Any]) -> Any:
@@ -267,10 +280,12 @@ def check_span(span: str, name: str) -> None:
             known = options_of(COMMANDS[command])
         case [script, *_] if script in TRAININGS:
             known = options_of(TRAININGS[script][0])
+        case ["lmms-eval", *_]:
+            known = set(OF_LMMS_EVAL)
         case [program, *_] if program in OF_OTHERS or program in ("pip", "mkdocs"):
             return
         case _:
-            known = {option for config in ALL for option in options_of(config)}
+            known = OF_LMMS_EVAL.union(*(options_of(config) for config in ALL))
     if not named <= known:
         raise Wrong(f"{name}: `{span}`: there is no option {', '.join(sorted(named - known))}")
 

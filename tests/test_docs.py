@@ -61,6 +61,10 @@ BAD = {
     "subcommand": (BASH.format("python -m eval guess"), "guess"),
     "missing argument": (BASH.format("python -m eval search-static"), "--out"),
     "policy": (BASH.format("python -m eval run full fast"), "unknown policy 'fast'"),
+    "model_args": (
+        BASH.format("lmms-eval --model maskgym --model_args pretrained=runs/a,budgets=1 --tasks mme"),
+        "budgets",
+    ),
     "option of a policy": (BASH.format("python -m eval run fastv:depth=2"), "depth"),
     "reward": (BASH.format("python train_rl.py --reward accuracy -0.3*flop"), "unknown reward 'flop'"),
     "reward of a file not written": (BASH.format("python train_rl.py --reward my_rewards:thrifty"), "my_rewards"),
