@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
 
 from backbones import Backbone
 from backbones.errors import InputError
@@ -120,7 +122,7 @@ def measure(
 ) -> tuple[np.ndarray, float]:
     """Seconds of a worker for ``rows`` plans, (repeats,), and the learner's for as many (median)."""
     torch.manual_seed(seed)
-    core = MaskingCore(backbone, load_queries(data, "validation", 4 * rows), positions="restored")
+    core = MaskingCore(backbone, load_queries(data, "validation", 4 * rows))
     slots = Slots(core, rows)
     slots.seed(seed)
     policy = _policy(core)
@@ -128,7 +130,7 @@ def measure(
     workers, learners = [], []
     for repeat in range(repeats + 1):
         slots.draw()
-        observation = {name: torch.from_numpy(part) for name, part in slots.observe().items()}
+        observation = obs_as_tensor(slots.observe(), backbone.device)
         encoding = core.bank.gather(slots.numbers)  # images are encoded once in a training, not in each step
         shares = torch.from_numpy(slots.budgets).double()
         plans = core.layout.flatten(random_plans(backbone, encoding, shares, generator)).cpu().numpy().astype(np.int8)
@@ -136,7 +138,7 @@ def measure(
         def execute(plans: np.ndarray = plans) -> None:
             core.execute(slots.numbers, slots.budgets, plans)
 
-        def learn(observation: dict[str, torch.Tensor] = observation) -> None:
+        def learn(observation: PyTorchObs = observation) -> None:
             with torch.no_grad():
                 actions, _, _ = policy(observation)
             for _ in range(epochs):
@@ -153,7 +155,7 @@ def measure(
 
 
 def _policy(core: MaskingCore) -> TwoLevelPolicy:
-    sizes = ControllerConfig.for_layout(core.layout, core.backbone.hidden, rule="fill", positions="restored")
+    sizes = ControllerConfig.for_layout(core.layout, core.backbone.hidden, rule="fill")
     policy = TwoLevelPolicy(core.observation_space, core.action_space, lambda _: 1e-9, core.bank, sizes)
     return policy.to(core.backbone.device)
 
