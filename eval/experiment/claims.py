@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 from eval.experiment.arms import ESTIMATORS, Arm
 from eval.experiment.statistics import Comparison
-from eval.experiment.summary import ArmResult
+from eval.experiment.summary import ArmResult, area_of
 
 OURS = {
     "pruning": tuple(f"{estimator} tokens" for estimator in ESTIMATORS),
@@ -33,8 +33,11 @@ def claims(
     experiment: str, results: dict[str, ArmResult], found: Sequence[Comparison], budgets: Sequence[float]
 ) -> list[str]:
     """Sentences, each with its figures."""
-    said = [_against_best(first, found, results, budget) for first in OURS[experiment] for budget in budgets]
-    sentences = [sentence for sentence in said if sentence]
+    asked = [(first, budget) for first in OURS[experiment] for budget in (*budgets, None)]
+    hardest = [_hardest(first, found, budget) for first, budget in asked]
+    # of two that are each other's best rival, the first speaks
+    once = {frozenset((each.first, each.second, each.budget)): each for each in reversed(hardest) if each is not None}
+    sentences = [_against(each, results, budgets) for each in reversed(once.values())]
     full = results.get("full")
     if experiment == "training" and full is not None and full.records:
         sentences = [*_kept_of_full(results, budgets), *sentences]
@@ -45,20 +48,27 @@ def claims(
     return sentences
 
 
-def _against_best(first: str, found: Sequence[Comparison], results: dict[str, ArmResult], budget: float) -> str | None:
-    """One arm against the best of its rivals at a budget."""
+def _hardest(first: str, found: Sequence[Comparison], budget: float | None) -> Comparison | None:
+    """One arm against the best of its rivals at a budget, or in area."""
     own = (each if each.first == first else each.mirrored for each in found if first in (each.first, each.second))
-    rivals = [each for each in own if each.budget == budget]
-    if not rivals:
-        return None
-    hardest = min(rivals, key=lambda each: each.difference.value)
-    ours, theirs = (100 * results[name].mean(budget, "accuracy") for name in (first, hardest.second))
+    return min((each for each in own if each.budget == budget), key=lambda each: each.difference.value, default=None)
+
+
+def _against(each: Comparison, results: dict[str, ArmResult], budgets: Sequence[float]) -> str:
     words = {"above": "is above", "below": "is below", "no difference shown": "is not shown to differ from"}
-    difference = hardest.difference
+    names = (each.first, each.second)
+    if each.budget is None:
+        met = [budget for budget in budgets if all(budget in results[name].records for name in names)]
+        ours, theirs = (100 * area_of(results[name], met) for name in names)
+        where = "Over all budgets (area under the curve)"
+    else:
+        ours, theirs = (100 * results[name].mean(each.budget, "accuracy") for name in names)
+        where = f"At {100 * each.budget:g} % of the LLM FLOPs"
+    difference = each.difference
     return (
-        f"At {100 * budget:g} % of the LLM FLOPs {first} ({ours:.1f} %) {words[hardest.verdict]} its best rival, "
-        f"{hardest.second} ({theirs:.1f} %): {100 * difference.value:+.2f} points "
-        f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], p = {hardest.p:.1g}."
+        f"{where} {each.first} ({ours:.1f} %) {words[each.verdict]} its best rival, {each.second} ({theirs:.1f} %): "
+        f"{100 * difference.value:+.2f} points [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], "
+        f"p = {each.p:.1g}."
     )
 
 

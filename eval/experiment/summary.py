@@ -26,6 +26,8 @@ from eval.experiment.statistics import (
 from eval.report import markdown
 from eval.runs import RunFolder
 
+NOT_YET = "not measured yet"
+
 MOST_LOST = 0.01
 """A training has converged when validation accuracy stays within so much of its end."""
 
@@ -107,7 +109,7 @@ def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
     for cell in cells:
         result = results.setdefault(cell.arm.name, ArmResult(cell.arm.name))
         if not cell.done:
-            result.failures[cell.seed] = cell.failure() or "not measured yet"
+            result.failures[cell.seed] = cell.failure() or NOT_YET
             continue
         result.cells.append(cell)
         for record in cell.records():
@@ -147,7 +149,8 @@ def accuracy_table(
     rows = [["policy", "seeds", *(f"at {budget:g}" for budget in budgets), "area", "spent / asked", "over budget"]]
     for name, result in results.items():
         if not result.records:
-            rows.append([name, "0", *["failed"] * len(budgets), "", "", ""])
+            if any(why != NOT_YET for why in result.failures.values()):
+                rows.append([name, "0", *["failed"] * len(budgets), "", "", ""])
             continue
         seeds = str(len(result.cells))
         if not result.budgeted:
@@ -161,7 +164,8 @@ def accuracy_table(
         over = sum(record["budget_violations"] for own in result.records.values() for record in own)
         rows.append([name, seeds, *cells, area, f"{np.mean(asked):.2f}", str(over)])
     note = (
-        "Accuracy in %, mean over seeds and kinds of questions, with a 95 % stratified-bootstrap interval over seeds; "
+        "Accuracy in %, mean over seeds and kinds of questions (each counts alike, whatever its number of queries), with "
+        "a 95 % stratified-bootstrap interval over seeds; "
         "one seed gives no interval. Area: mean accuracy over the budgets. An interval is over trainings, on one test "
         "split of one data set: it says nothing of other data or backbones. A dash is a budget that cannot be met."
     )
