@@ -51,7 +51,7 @@ class ControllerRunConfig(Placement):
     budgets: tuple[float, float] = (0.2, 1.0)
     """Each training query's budget is log-uniform between these shares of the full plan's LLM FLOPs."""
     total_queries: int = 60_000
-    """Plans to answer in training (rounded up to whole batches)."""
+    """Queries to draw in training (rounded up to whole batches), each with a budget."""
     seed: int = 0
     """Of the controller's weights, the queries, the budgets and the plans."""
     out: Path = Path("runs/run")
@@ -76,11 +76,11 @@ class ControllerRunConfig(Placement):
     learning_rate: float = 3e-3
     """Of Adam, falling linearly to zero."""
     validate_every: int = 10_000
-    """Answered plans between validations."""
+    """Queries between validations."""
     validate_queries: int = 500
     """Queries in a validation."""
     checkpoint_every: int = 10_000
-    """Answered plans between checkpoints."""
+    """Queries between checkpoints."""
     test_budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Budgets of the final table."""
     test_queries: int | None = None
@@ -89,6 +89,11 @@ class ControllerRunConfig(Placement):
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
     """Group of runs there that this one belongs to."""
+
+    @property
+    def answers(self) -> int:
+        """Plans that each of the training's queries is answered under."""
+        return 1
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is loaded or written.
@@ -182,7 +187,7 @@ class RunJournal:
         self.next_validation, self.next_checkpoint = config.validate_every, 0
 
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
-        """One line of metrics after so many answered plans."""
+        """One line of metrics after so many queries."""
         self.folder.log(queries=queries, **metrics)
         self.folder.log_timing(queries=queries, **self.clock.read())
         self.lines += 1
@@ -266,5 +271,5 @@ def conclude(
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
     print(report.tables(records))
-    print(f"\n{throughput(folder.timing())}")
+    print(f"\n{throughput(folder.timing(), config.answers)}")
     print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")
