@@ -53,6 +53,11 @@ class RLConfig(ControllerRunConfig):
     """Queries between validations."""
     checkpoint_every: int = 2500
     """Queries between checkpoints."""
+    learning_rate: float = 1e-3
+    """Of Adam, falling linearly to zero."""
+    token_spread: float | None = 2.0
+    """How firmly an untrained controller keeps to the visual tokens of its first plan, as --initial-spread for heads
+    and layers. Small: many are tried, so more is learned of which matter to a query."""
     reward: tuple[str, ...] = ("soft-accuracy", "-0.02*flops")
     """A reward's name, or your own function as `package.module:function`; several are summed, each with an optional
     weight: `accuracy -0.3*flops 0.1*my_rewards:shape`. The default is accuracy minus FLOPs with the step of accuracy

@@ -71,6 +71,8 @@ class ControllerRunConfig(Placement):
     initial_spread: float = 8.0
     """How firmly an untrained controller keeps to its first plan: the first unit to leave has the logit 0, the last
     twice this. Small: much is tried; large: little but what is near the plan."""
+    token_spread: float | None = None
+    """The same for visual tokens alone. Small: many are tried, so more is learned of which matter to a query."""
     width: int = 48
     """Width of the controller."""
     learning_rate: float = 3e-3
@@ -108,8 +110,11 @@ class ControllerRunConfig(Placement):
         if self.initial_plan is not None and self.init_from is not None:
             raise InputError("--initial-plan has no effect on a controller that --init-from gives; leave one out")
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
-        if not 0 <= self.initial_spread < 1000:
-            raise InputError(f"--initial-spread is {self.initial_spread:g}; it must be at least 0, and below 1000")
+        for name in ("initial_spread", "token_spread"):
+            spread = getattr(self, name)
+            if spread is not None and not 0 <= spread < 1000:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is {spread:g}; it must be at least 0, and below 1000")
         for name in ("learning_rate", "tune_rate"):
             if not getattr(self, name) > 0:
                 option = f"--{name.replace('_', '-')}"
@@ -134,7 +139,7 @@ class ControllerRunConfig(Placement):
 
     def sizes(self, backbone: Backbone, **more: Any) -> ControllerConfig:
         """Of the controller to train."""
-        same = ("width", "rule", "initial_spread")
+        same = ("width", "rule", "initial_spread", "token_spread")
         own = {**self.laying_out(), "axes": check_axes(self.axes), "initial_logit": self.initial_spread}
         more = {**own, **{name: getattr(self, name) for name in same}, **more}
         return ControllerConfig.for_layout(backbone.layout, backbone.hidden, **more)

@@ -125,7 +125,10 @@ def test_a_reward_that_fails_mid_run_ends_it_and_keeps_the_checkpoint(monkeypatc
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: reward 'tests.test_train_rl:failing_later' raised ZeroDivisionError: mid-run (quer")
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000000000", "step-000000008"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-000000000",
+        "step-000000008",
+    ]
 
 
 BAD = [
