@@ -39,11 +39,11 @@ def check_files(where: str | Path, name: str) -> None:
             f"backbone {name!r} brings code of its own (auto_map in its config), which is never run; give a "
             "checkpoint that stock transformers loads without it"
         )
-    kind = fields.get("model_type")
+    if "model_type" not in fields:
+        raise ValueError("no config.json that names a model_type")
+    kind = fields["model_type"]
     if kind not in FAMILIES:
-        raise InputError(
-            f"backbone {name!r} has architecture {kind!r}; supported: {', '.join(sorted(FAMILIES))}"
-        )
+        raise InputError(f"backbone {name!r} has architecture {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     kernels = [value for key, value in _entries(fields) if "attn_implementation" in key and "/" in str(value)]
     if kernels:
         raise InputError(

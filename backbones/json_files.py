@@ -31,3 +31,5 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
+    except UnicodeDecodeError:  # which shows all that it could not decode
+        raise ValueError(f"{path.name} is no text") from None

@@ -22,7 +22,15 @@ PLAIN = {
 }
 """Settings that say what is adapted, and how; nothing else may differ from PEFT's defaults."""
 
-NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
+NOTES = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 """Entries that are not settings, and are not followed."""
 
 
@@ -54,13 +62,16 @@ def merged(model: Any, folder: Path, name: str) -> Any:
     from peft import LoraConfig, PeftModel  # takes seconds to import, and few need it
 
     fields, defaults = _settings(folder, name), LoraConfig().to_dict()
+    defaults["init_lora_weights"] = fields.get("init_lora_weights") is not False  # or some that change the model's own
     strange = [key for key in fields.keys() - PLAIN - NOTES if fields[key] != defaults.get(key, ...)]
     if fields.get("peft_type") != "LORA" or strange:
         what = f"the setting {sorted(strange)[0]!r}" if strange else f"the kind {fields.get('peft_type')!r}"
         raise InputError(f"backbone {name!r} has adapters of {what}, which is not taken; merge them into their model")
     plain = {key: value for key, value in fields.items() if key in PLAIN}
     ranks = [plain.get("r", 0), *(plain.get("rank_pattern") or {}).values()]
-    if not (folder / WEIGHTS).is_file() or max(ranks) > max(map(max, filter(None, tensor_shapes(folder / WEIGHTS).values()))):
+    if not (folder / WEIGHTS).is_file() or max(ranks) > max(
+        map(max, filter(None, tensor_shapes(folder / WEIGHTS).values()))
+    ):
         raise InputError(f"backbone {name!r} has no {WEIGHTS} that fits its {SETTINGS}; save the adapters again")
     return PeftModel.from_pretrained(model, folder, config=LoraConfig(inference_mode=True, **plain)).merge_and_unload()
 

@@ -101,7 +101,9 @@ class RunFolder:
         name = self.config().get("backbone", "tiny")
         if not isinstance(name, str):
             kind = type(name).__name__
-            raise InputError(f"{str(self.path / 'config.yaml')!r} has a {kind} as backbone; it must be a name or a path")
+            raise InputError(
+                f"{str(self.path / 'config.yaml')!r} has a {kind} as backbone; it must be a name or a path"
+            )
         return name
 
     def log(self, **metrics: Any) -> None:

@@ -166,7 +166,9 @@ class Experiment(cli.Placement):
             if not set(best.values()) <= set(settings):
                 raise ValueError("settings that are not of the grid")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise cli.InputError(f"{str(file)!r} cannot be read ({first_line(error)}); remove it to tune anew") from error
+            raise cli.InputError(
+                f"{str(file)!r} cannot be read ({first_line(error)}); remove it to tune anew"
+            ) from error
         return best
 
     def _queries(self) -> DatasetQueries:
