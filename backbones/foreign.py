@@ -1,5 +1,5 @@
-"""What is asked of a VLM's files before any of them is loaded, for they may be anybody's: that they bring no code and no
-pickle, and that their weights are of the sizes that their config claims."""
+"""What is asked of a VLM's files before any of them is loaded, for they may be anybody's: that they bring no code and
+no pickle, and that their weights are of the sizes that their config claims."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from backbones.errors import InputError, first_line
@@ -62,8 +62,8 @@ def check_files(where: str | Path, name: str) -> None:
             )
     if isinstance(where, Path) and not ((where / WEIGHTS).is_file() or (where / INDEX).is_file()):
         raise InputError(
-            f"backbone {name!r} has no {WEIGHTS}; weights in other formats can run code and are not taken: load it with "
-            "transformers where it comes from, and save it with save_pretrained"
+            f"backbone {name!r} has no {WEIGHTS}; weights in other formats can run code and are not taken: load it "
+            "with transformers where it comes from, and save it with save_pretrained"
         )
 
 

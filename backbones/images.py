@@ -9,7 +9,6 @@ from PIL import Image, UnidentifiedImageError
 
 from backbones.errors import InputError
 
-
 Image.init()
 PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 FORMATS = [kind for kind in PICTURES if kind in Image.OPEN]

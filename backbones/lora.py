@@ -6,6 +6,7 @@ other kinds of adapters that load tokenizers. Here a folder gives plain settings
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,21 @@ def merged(model: Any, folder: Path, name: str) -> Any:
     from peft import LoraConfig, PeftModel  # takes seconds to import, and few need it
 
     fields, defaults = _settings(folder, name), LoraConfig().to_dict()
-    defaults["init_lora_weights"] = fields.get("init_lora_weights") is not False  # or some that change the model's own
+    defaults["init_lora_weights"] = fields.get("init_lora_weights") is not False  # other ways change the model, too
     strange = [key for key in fields.keys() - PLAIN - NOTES if fields[key] != defaults.get(key, ...)]
     if fields.get("peft_type") != "LORA" or strange:
         what = f"the setting {sorted(strange)[0]!r}" if strange else f"the kind {fields.get('peft_type')!r}"
         raise InputError(f"backbone {name!r} has adapters of {what}, which is not taken; merge them into their model")
-    plain = {key: value for key, value in fields.items() if key in PLAIN}
-    ranks = [plain.get("r", 0), *(plain.get("rank_pattern") or {}).values()]
-    if not (folder / WEIGHTS).is_file() or max(ranks) > max(
-        map(max, filter(None, tensor_shapes(folder / WEIGHTS).values()))
-    ):
+    plain: dict[str, Any] = {key: value for key, value in fields.items() if key in PLAIN}
+    if not (folder / WEIGHTS).is_file() or not _fit(plain, tensor_shapes(folder / WEIGHTS).values()):
         raise InputError(f"backbone {name!r} has no {WEIGHTS} that fits its {SETTINGS}; save the adapters again")
     return PeftModel.from_pretrained(model, folder, config=LoraConfig(inference_mode=True, **plain)).merge_and_unload()
+
+
+def _fit(plain: dict[str, Any], shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether no rank is beyond all tensors that are there: memory is taken for ranks first."""
+    ranks = [plain.get("r", 0), *(plain.get("rank_pattern") or {}).values()]
+    return max(ranks) <= max((size for shape in shapes for size in shape), default=0)
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:

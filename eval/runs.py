@@ -91,7 +91,7 @@ class RunFolder:
         return self.path / "model"
 
     def backbone(self) -> str:
-        """The backbone that the run's controller is for: the one trained in the run, else the one that its config names.
+        """The backbone that the run's controller is for: the one trained in it, else the one that its config names.
 
         Raises:
             InputError: not a run folder, an unreadable config, or one that names no backbone.

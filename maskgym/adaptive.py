@@ -39,9 +39,9 @@ AnyImage = Image.Image | str | Path
 class AdaptiveVLM:
     """Answers questions about images, each within a budget of its own.
 
-    Several threads may use one at once, each gets what it would get alone. They take turns at tokenizing and at the vision
-    tower, and share the cores or the GPU for the rest, so threads serve many callers and are no faster in sum: for that,
-    give ``generate`` a batch.
+    Several threads may use one at once; each gets what it would get alone. They take turns at tokenizing and at the
+    vision tower, and share cores or GPU for the rest: threads serve several callers, but answer little more in a second
+    than one does. A batch for ``generate`` does.
 
     Args:
         controller: chooses what is computed.
@@ -82,8 +82,8 @@ class AdaptiveVLM:
             latency_model: a file that ``python -m eval latency --out`` wrote on this device.
 
         Raises:
-            InputError: nothing loadable there, a controller for another backbone, a latency model of another, or a shared
-                folder whose backbone is neither in it nor on the hub.
+            InputError: nothing loadable there, a controller for another backbone, a latency model of another, or a
+                shared folder whose backbone is neither in it nor on the hub.
         """
         folder = _local(str(place))
         if not isinstance(backbone, Backbone):
@@ -334,8 +334,8 @@ def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
 def _followed(folder: Path, name: str) -> str:
     """The VLM of that name, if a folder may choose it.
 
-    What ``save_pretrained`` wrote is made to be shared: it may name a VLM within itself or on the hub, but no place on the
-    machine of whoever loads it. A run's config has what its user typed, and is followed.
+    What ``save_pretrained`` wrote is made to be shared: it may name a VLM within itself or on the hub, but no place on
+    the machine of whoever loads it. A run's config has what its user typed, and is followed.
 
     Raises:
         InputError: another place, of a folder that is made to be shared.

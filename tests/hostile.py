@@ -37,9 +37,7 @@ class Witness:
 
     def module(self, path: Path) -> None:
         """Write a module that makes the folder when it is imported, with all that could be asked of it by name."""
-        path.write_text(
-            f"import os\nos.mkdir({str(self.path)!r})\ndef f(*_, **__): pass\nConfig = Model = Processor = f\n"
-        )
+        path.write_text(f"import os\nos.mkdir({str(self.path)!r})\ndef f(*_, **__): pass\nConfig = Processor = f\n")
 
 
 @contextmanager

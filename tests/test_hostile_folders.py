@@ -285,17 +285,17 @@ def test_a_benchmark_copy_brings_no_script_and_no_data_from_elsewhere(witness, t
         load_queries(f"pope:root={copy}", "test")
 
 
-def test_a_run_names_no_code(witness, place, tmp_path, monkeypatch, capsys):
+def test_a_run_names_no_code(witness, place, tmp_path, monkeypatch):
     """A reward by its dotted path in somebody's config, with the module in the working directory."""
-    run = a_run(tmp_path / "run", place / "vlm", reward=["evil:f"], data=str(place / "data"), seed=1)
+    a_run(tmp_path / "run", place / "vlm", reward=["evil:f"], data=str(place / "data"), seed=1)
     monkeypatch.chdir(tmp_path)
     witness.module(tmp_path / "evil.py")
     options = ["--data", place / "data", "--budgets", 0.7]
     command(monkeypatch, eval_main.main, "run", "run", *options)
     command(monkeypatch, eval_main.main, "audit", "run", *options, "--limit", 4)
     assert AdaptiveVLM.from_pretrained("run").generate(Image.new("RGB", (16, 16)), "what?", 0.7).llm_flops_ratio <= 0.7
-    small = "--budgets 0.6 1 --test-budgets 0.6 --envs 8 --rollout-steps 2 --batch-size 8 --total-queries 16 --width 8 --rule threshold"
-    own = ["--backbone", place / "vlm", "--data", place / "data", *small.split()]
+    small = "--budgets 0.6 1 --test-budgets 0.6 --envs 8 --rollout-steps 2 --batch-size 8 --total-queries 16"
+    own = ["--backbone", place / "vlm", "--data", place / "data", "--width", 8, "--rule", "threshold", *small.split()]
     command(monkeypatch, train_rl.main, *own, "--init-from", "run", "--out", "warm")
     with refused(witness, "names code of its own, the reward 'evil:f'; if it is yours, say so once more: --resume"):
         parse(train_rl.RLConfig, ["--resume", "--out", "run"])

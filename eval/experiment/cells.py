@@ -78,9 +78,9 @@ class Cell:
             raise self._unreadable(OUTCOMES, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> InputError:
+        file, records = str(self.folder / name), str(self.folder / RECORDS)
         return InputError(
-            f"{str(self.folder / name)!r} cannot be read ({first_line(error)}); remove {str(self.folder / RECORDS)!r} to "
-            "measure that cell again"
+            f"{file!r} cannot be read ({first_line(error)}); remove {records!r} to measure that cell again"
         )
 
     def failure(self) -> str | None:
