@@ -1,7 +1,7 @@
 """What the project depends on, looked over: ``python -m tests.audit``, or ``make audit``.
 
-Licences of all that is installed for it, from the packages' own metadata, must go with Apache-2.0; known vulnerabilities
-are looked up by pip-audit where that is installed and its service answers, and a line says so where not.
+Licences of all that is installed for it, from the packages' own metadata, must go with Apache-2.0; known
+vulnerabilities are looked up by pip-audit where that is installed and its service answers; a line says so where not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ EXTRAS = ("demo", "ray", "docs", "dev")
 SERVICE = "https://pypi.org/pypi/pip/json"
 
 PERMISSIVE = re.compile(
-    r"0BSD|(3-Clause )?BSD( License|-[23]-Clause)?|MIT( License|-CMU|-0)?|ISC License( \(ISCL\))?|ISC|Zlib|CC0-1\.0|BSL-1\.0"
+    r"0BSD|(3-Clause )?BSD( License|-[23]-Clause)?|MIT( License|-CMU|-0)?|ISC|ISC License( \(ISCL\))?|Zlib|CC0-1\.0"
     r"|Apache([ -]2\.0)?( Software)?( License)?|Apache License 2\.0|LLVM-exception|CNRI-Python|Unlicense"
-    r"|PSF-2\.0|Python Software Foundation License"
+    r"|BSL-1\.0|PSF-2\.0|Python Software Foundation License"
 )
 """Licences whose code can be used by, and shipped beside, Apache-2.0 code."""
 

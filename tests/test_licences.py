@@ -19,7 +19,10 @@ def test_all_dependencies_are_permissive_or_thought_about():
         ("License-Expression: GPL-3.0-only", "GPL-3.0-only"),
         ("License-Expression: MIT AND AGPL-3.0", "AGPL-3.0"),
         ("License: Proprietary", "Proprietary"),
-        ("Classifier: License :: OSI Approved :: GNU General Public License v3 (GPLv3)", "GNU General Public License v3"),
+        (
+            "Classifier: License :: OSI Approved :: GNU General Public License v3 (GPLv3)",
+            "GNU General Public License v3",
+        ),
         ("Summary: without any", "no licence named"),
         ("License: MIT", None),
         ("License-Expression: Apache-2.0 OR BSD-2-Clause", None),
