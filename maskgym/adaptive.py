@@ -194,7 +194,7 @@ class AdaptiveVLM:
         Args:
             folder: to write to; it is made if need be.
             with_backbone: whether to write the VLM's weights too, or only its name. By default where it was loaded from
-                a folder, which others do not have.
+                a folder, which others do not have; without them such a VLM must be named when the controller is loaded.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
