@@ -1,4 +1,4 @@
-.PHONY: check format types test docs train
+.PHONY: check format types test docs train audit
 
 check: ## Lint, format check and types, as CI runs them
 	ruff check .
@@ -11,6 +11,9 @@ format: ## Mend what can be mended by machine
 
 test: ## The README's test command
 	pytest
+
+audit: ## Licences of what is installed; known vulnerabilities where pip-audit is, and its service answers
+	python -m tests.audit
 
 docs: ## The site, into site/; needs pip install -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import IO
 
@@ -10,25 +9,35 @@ from PIL import Image, UnidentifiedImageError
 
 from backbones.errors import InputError
 
+Image.init()
+PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+FORMATS = [kind for kind in PICTURES if kind in Image.OPEN]
+"""What is decoded. Pillow knows others, and starts another program for some (Ghostscript, for EPS)."""
 
-def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = math.inf) -> Image.Image:
+MOST_PIXELS = 89e6
+"""Just below where Pillow begins to warn."""
+
+
+def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = MOST_PIXELS) -> Image.Image:
     """An image in RGB.
 
     Args:
         file: its path, or the open file.
         called: how messages call it, such as ``image a.png of query 'q7'``.
-        most_pixels: a larger one is not decoded.
+        most_pixels: a larger one is not decoded; files of a few kB can claim any size.
 
     Raises:
         InputError: no such file, one that cannot be decoded, or one that is too large.
     """
     try:
-        opened = Image.open(file)
+        opened = Image.open(file, formats=FORMATS)
         width, height = opened.size
         if width * height <= most_pixels:
             return opened.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"{called} does not exist") from error
+    except Image.DecompressionBombWarning as error:  # where warnings are errors
+        raise InputError(f"{called} is too large to be decoded ({error}); scale it down") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{called} cannot be decoded ({error}); replace or remove it") from error
     raise InputError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
+from backbones.json_files import read_json
 from backbones.masks import Masks
 
 FEATURES = ("one call", "layers run", "weights read", "linear FLOPs", "attention FLOPs")
@@ -71,7 +72,7 @@ class LatencyModel:
             InputError: a missing or unreadable file.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
             weights = tuple(float(weight) for weight in fields["weights"])
             if len(weights) != len(FEATURES) or min(weights) < 0:
                 raise ValueError(f"{len(FEATURES)} non-negative weights expected")

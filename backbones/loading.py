@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from backbones.backbone import Backbone
-from backbones.errors import InputError
+from backbones.errors import InputError, first_line
 from backbones.families import FAMILIES
+from backbones.foreign import check_files, check_sizes
+from backbones.lora import base_of, holds_adapters, merged
 from backbones.processing import load_processor
 from backbones.tiny import TINY_FOLDER
 
@@ -27,14 +28,15 @@ def load_backbone(
 
     Args:
         name: ``"tiny"`` (embedded), a local folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``. A folder of
-            LoRA adapters, as ``train_backbone.py`` saves them, is merged into the model it was trained on.
+            LoRA adapters, as ``train_backbone.py`` saves them, is merged into the model it was trained on. Nothing
+            in it is run or unpickled.
         dtype: of the weights.
         device: where to run.
         **options: of ``Backbone``: ``heads``, ``width``, ``protected_layers``, ``max_visual_tokens``, …
 
     Raises:
-        InputError: nothing loadable under that name, an architecture that no family covers, or a device that
-            isn't there.
+        InputError: nothing loadable under that name, an architecture that no family covers, files that bring code or
+            pickles, or a device that isn't there.
     """
     folder = TINY_FOLDER if name == "tiny" else Path(name)
     looks_local = name == "tiny" or folder.exists() or name.startswith((".", "/", "~"))
@@ -42,42 +44,34 @@ def load_backbone(
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
     check_placement(dtype, device)
-    adapters = where
-    where = _base_of(where, name)
+    adapters = where if holds_adapters(where) else None
+    if isinstance(adapters, Path):
+        base = base_of(adapters, name)
+        where = TINY_FOLDER if base == "tiny" else Path(base) if Path(base).exists() else base
     try:
-        config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        check_files(where, name)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = "check the folder" if looks_local else how_to_fetch(name)
-        raise InputError(f"backbone {name!r} could not be read ({reason}); {remedy}") from error
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise InputError(
-            f"backbone {name!r} has architecture {config.model_type!r}; supported: {', '.join(sorted(FAMILIES))}"
-        )
+        raise InputError(f"backbone {name!r} could not be read ({first_line(error)}); {remedy}") from error
+    if isinstance(where, Path):
+        check_sizes(config, where, name)
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         processor = load_processor(where)
-        if adapters != where:
-            from peft import PeftModel  # takes seconds to import, and few need it
-
-            model = PeftModel.from_pretrained(model, adapters).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"backbone {name!r} could not be loaded ({reason})") from error
+        if isinstance(adapters, Path):
+            model = merged(model, adapters, name)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise InputError(f"backbone {name!r} could not be loaded ({first_line(error)})") from error
+    family = FAMILIES[config.model_type]
     model.requires_grad_(False)
     return Backbone(family(model.to(device).eval(), processor), name, **options)
-
-
-def _base_of(where: str | Path, name: str) -> str | Path:
-    """Where the weights are: the place itself, or, if it holds adapters, the model that they were trained on."""
-    if not isinstance(where, Path) or not (where / "adapter_config.json").is_file():
-        return where
-    try:
-        base = str(json.loads((where / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError) as error:
-        raise InputError(f"backbone {name!r} has an unreadable adapter_config.json ({error!r})") from error
-    return TINY_FOLDER if base == "tiny" else base
 
 
 def how_to_fetch(hub_id: str) -> str:

@@ -34,11 +34,11 @@ class ImageTextProcessor:
 def load_processor(where: str | Path) -> Any:
     """The processor of a folder or hub id."""
     try:
-        return AutoProcessor.from_pretrained(where)
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False)
     except (ImportError, AttributeError):  # a video processor without torchvision
         template = Path(where) / "chat_template.jinja"
         return ImageTextProcessor(
-            AutoImageProcessor.from_pretrained(where),
-            AutoTokenizer.from_pretrained(where),
+            AutoImageProcessor.from_pretrained(where, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(where, trust_remote_code=False),
             template.read_text() if template.is_file() else None,
         )

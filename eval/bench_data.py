@@ -61,15 +61,15 @@ def bench_data(queries: int = QUERIES) -> tuple[str, float, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         write_vqav2(Path(folder), queries)
-        before, began = _private_mb(), time.perf_counter()
+        before, began = private_mb(), time.perf_counter()
         source = load_queries(f"vqav2:root={folder}", "validation")
-        most, loaded = _private_mb(), time.perf_counter()
+        most, loaded = private_mb(), time.perf_counter()
         for number in range(len(source)):
             source.text(number)
             if number % 50 == 0:
                 _ = source[number].image
             if number % 1000 == 0:
-                most = max(most, _private_mb())
+                most = max(most, private_mb())
         seconds = time.perf_counter() - loaded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     setting = (
@@ -79,7 +79,7 @@ def bench_data(queries: int = QUERIES) -> tuple[str, float, str]:
     return "stream_growth_mb", most - before, setting
 
 
-def _private_mb() -> float:
+def private_mb() -> float:
     """Memory that is the process's own, without files that are mapped; where it cannot be told, the peak of both."""
     status = Path("/proc/self/status")
     if status.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
-import yaml
 
 from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
-from eval.runs import RunFolder, write_atomically
+from eval.runs import RunFolder, read_options, write_atomically
 
 ConfigT = TypeVar("ConfigT")
 
@@ -57,25 +57,31 @@ def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> Conf
         place = arguments.index("--config")
         if place + 1 == len(arguments):
             raise InputError("--config needs the path of a YAML file")
-        defaults = _read_yaml(Path(arguments[place + 1]), config)
+        defaults = _fields(read_options(Path(arguments[place + 1])), config, arguments[place + 1])
         del arguments[place : place + 2]
     options: Any = tyro.cli(config, args=arguments, default=config(**defaults))
     if getattr(options, "resume", False) and RunFolder(options.out).is_run():
         begun = _fields(RunFolder(options.out).config(), config, str(options.out))
-        options = tyro.cli(config, args=arguments, default=config(**{**begun, **defaults}))
+        resumed = tyro.cli(config, args=arguments, default=config(**{**begun, **defaults}))
+        _check_code(resumed, options)
+        return resumed
     return options
 
 
-def _read_yaml(path: Path, config: Any) -> dict[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"config {str(path)!r} does not exist") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {str(path)!r} is not readable YAML") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"config {str(path)!r} must hold a mapping of options")
-    return _fields(fields, config, str(path))
+def _check_code(resumed: Any, asked: Any) -> None:
+    """A run folder may be anybody's: code of a user's that it names, a reward by its dotted path, is run only if the
+    command names it, too.
+
+    Raises:
+        InputError: such code that is named by the folder alone.
+    """
+    rewards = getattr(resumed, "reward", ())
+    unasked = [part for part in rewards if ":" in part and part not in asked.reward]
+    if unasked:
+        raise InputError(
+            f"the run in {str(resumed.out)!r} names code of its own, the reward {unasked[0]!r}; if it is yours, say so "
+            f"once more: --resume --reward {shlex.join(rewards)}"
+        )
 
 
 def _fields(fields: dict[str, Any], config: Any, where: str) -> dict[str, Any]:

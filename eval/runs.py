@@ -19,6 +19,9 @@ from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
+MOST_BYTES = 64 * 1024
+"""Of a file of options."""
+
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
@@ -76,13 +79,7 @@ class RunFolder:
         """
         if not self.is_run():
             raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
-        try:
-            fields = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{str(self.path / 'config.yaml')!r} is not readable YAML") from error
-        if not isinstance(fields, dict):
-            raise InputError(f"{str(self.path / 'config.yaml')!r} must hold a mapping of options")
-        return fields
+        return read_options(self.path / "config.yaml")
 
     @property
     def checkpoints(self) -> Path:
@@ -94,8 +91,20 @@ class RunFolder:
         return self.path / "model"
 
     def backbone(self) -> str:
-        """The backbone that the run's controller is for."""
-        return str(self.model) if self.model.exists() else str(self.config().get("backbone", "tiny"))
+        """The backbone that the run's controller is for: the one trained in it, else the one that its config names.
+
+        Raises:
+            InputError: not a run folder, an unreadable config, or one that names no backbone.
+        """
+        if self.model.exists():
+            return str(self.model)
+        name = self.config().get("backbone", "tiny")
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise InputError(
+                f"{str(self.path / 'config.yaml')!r} has a {kind} as backbone; it must be a name or a path"
+            )
+        return name
 
     def log(self, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -133,6 +142,33 @@ class RunFolder:
 
     def write_result(self, records: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Options by name from a YAML file.
+
+    Raises:
+        InputError: no such file, one that is larger than any options are, or one that is no plain YAML mapping: without
+            aliases, which make a few lines stand for more than any memory holds.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{str(path)!r} has more than {MOST_BYTES // 1024} kB; it must hold a mapping of options")
+        text = content.decode()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise InputError(f"{str(path)!r} has YAML aliases; write each option out")
+        fields = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise InputError(f"config {str(path)!r} does not exist") from error
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{str(path)!r} is not readable YAML") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{str(path)!r} must hold a mapping of options")
+    return fields
 
 
 def write_atomically(path: Path, content: bytes) -> None:

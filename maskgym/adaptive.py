@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from PIL import Image
 
 from backbones.backbone import Backbone
 from backbones.encoding import Query
-from backbones.errors import InputError
+from backbones.errors import InputError, first_line
 from backbones.images import read_image
+from backbones.json_files import read_json
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch, load_backbone
+from backbones.lora import holds_adapters
 from eval.evaluate import Record, check_budgets
 from eval.runs import RunFolder, environment, write_atomically
 from eval.timing import how_to_calibrate, load_latency_model
@@ -28,6 +31,7 @@ from policies.replies import Planned, Reply, Stream
 
 DESCRIPTION, RECORDS, MODEL = "adaptive.json", "result.json", "model"
 DEFAULT_BUDGET = 0.5
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 AnyImage = Image.Image | str | Path
 
@@ -35,7 +39,9 @@ AnyImage = Image.Image | str | Path
 class AdaptiveVLM:
     """Answers questions about images, each within a budget of its own.
 
-    Several threads may use one at once.
+    Several threads may use one at once; each gets what it would get alone. They take turns at tokenizing and at the
+    vision tower, and share cores or GPU for the rest: threads serve several callers, but answer little more in a second
+    than one does. A batch for ``generate`` does.
 
     Args:
         controller: chooses what is computed.
@@ -76,12 +82,13 @@ class AdaptiveVLM:
             latency_model: a file that ``python -m eval latency --out`` wrote on this device.
 
         Raises:
-            InputError: nothing loadable there, a controller for another backbone, or a latency model of another.
+            InputError: nothing loadable there, a controller for another backbone, a latency model of another, or a
+                shared folder whose backbone is neither in it nor on the hub.
         """
         folder = _local(str(place))
         if not isinstance(backbone, Backbone):
             own, options = _backbone_of(folder)
-            backbone = load_backbone(backbone or own, dtype, device, **options)
+            backbone = load_backbone(backbone or _followed(folder, own), dtype, device, **options)
         latency = None if latency_model is None else load_latency_model(Path(latency_model), backbone)
         return cls(load_controller(folder, backbone), backbone, Path(place).name, latency, _records(folder))
 
@@ -187,7 +194,7 @@ class AdaptiveVLM:
         Args:
             folder: to write to; it is made if need be.
             with_backbone: whether to write the VLM's weights too, or only its name. By default where it was loaded from
-                a folder, which others do not have.
+                a folder, which others do not have; without them such a VLM must be named when the controller is loaded.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +239,7 @@ class AdaptiveVLM:
                 api.upload_folder(repo_id=repo_id, folder_path=folder)
             except (HfHubHTTPError, OSError, ValueError) as error:
                 raise InputError(
-                    f"nothing was uploaded to {repo_id!r} ({_reason(error)}); log in with `hf auth login`, or use "
+                    f"nothing was uploaded to {repo_id!r} ({first_line(error)}); log in with `hf auth login`, or use "
                     "save_pretrained and upload the folder where there is network"
                 ) from error
         return str(url)
@@ -298,38 +305,64 @@ def _local(place: str) -> Path:
         return Path(snapshot_download(place))
     except Exception as error:  # no network, no such repository or file, no right to it: a kind each
         raise InputError(
-            f"{place!r} is no folder here, and no controller could be fetched from the hub ({_reason(error)}); "
+            f"{place!r} is no folder here, and no controller could be fetched from the hub ({first_line(error)}); "
             f"{how_to_fetch(place)}; or give the path of a run folder"
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Name and options of the VLM that a folder's controller is for.
+    """Name and options of the VLM that a folder's controller is for, as the folder has them.
 
     Raises:
         InputError: neither a run nor saved, or unreadable.
     """
     file = folder / DESCRIPTION
+    if file.is_file():
+        try:
+            described = read_json(file)
+            return str(described["backbone"]), dict(described["backbone_options"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
     if RunFolder(folder).is_run():
         return RunFolder(folder).backbone(), {}
-    if not file.is_file():
-        raise InputError(
-            f"{str(folder)!r} is neither a run folder (no config.yaml) nor what save_pretrained wrote (no "
-            f"{DESCRIPTION}); give the path of one of these, or a hub id"
-        )
-    try:
-        described = json.loads(file.read_text())
-        name, options = str(described["backbone"]), dict(described["backbone_options"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
-    return str(folder / MODEL) if name == MODEL else name, options
+    raise InputError(
+        f"{str(folder)!r} is neither a run folder (no config.yaml) nor what save_pretrained wrote (no "
+        f"{DESCRIPTION}); give the path of one of these, or a hub id"
+    )
+
+
+def _followed(folder: Path, name: str) -> str:
+    """The VLM of that name, if a folder may choose it.
+
+    What ``save_pretrained`` wrote is made to be shared: it may name a VLM within itself or on the hub, but no place on
+    the machine of whoever loads it. A run's config has what its user typed, and is followed.
+
+    Raises:
+        InputError: another place, of a folder that is made to be shared.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        return name
+    model = folder / MODEL
+    if name == MODEL and model.resolve().parent == folder.resolve() and not holds_adapters(model):
+        return str(model)
+    if name == "tiny" or HUB_ID.fullmatch(name):
+        return name
+    raise InputError(
+        f"{str(folder)!r} has its VLM in {name!r}, which is neither within it nor on the hub; if you trust that place, "
+        "name it yourself: backbone=..."
+    )
 
 
 def _records(folder: Path) -> list[Record]:
-    """What a run has measured at its end, if it has come to it."""
+    """What a run has measured at its end, if it has come to it.
+
+    Raises:
+        InputError: an unreadable file.
+    """
     file = folder / RECORDS
-    return json.loads(file.read_text()) if file.is_file() else []
+    try:
+        return list(read_json(file)) if file.is_file() else []
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{str(file)!r} is not readable ({first_line(error)}); remove it, or fetch it again"
+        ) from error

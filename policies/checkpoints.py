@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backbones.errors import InputError
+from backbones.json_files import read_json
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> None:
@@ -39,7 +40,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     if not found:
         return None
     try:
-        return load_file(found[-1] / "tensors.safetensors"), json.loads((found[-1] / "state.json").read_text())
+        return load_file(found[-1] / "tensors.safetensors"), read_json(found[-1] / "state.json")
     except Exception as error:  # safetensors and json raise many kinds
         raise InputError(
             f"checkpoint {str(found[-1])!r} cannot be read ({error}); remove it to use the one before"

@@ -9,7 +9,8 @@ Shape legend: R queries of a batch, T their answers' tokens, E those of the quer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
@@ -25,7 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backbones.backbone import Backbone
 from backbones.encoding import EncodedImage, QuerySource
-from backbones.errors import InputError
+from backbones.errors import InputError, first_line
 from backbones.executed import executed_answer_logits
 from backbones.masks import Masks
 from backbones.shared_prefix import answer_logits, can_share
@@ -152,11 +153,21 @@ class ElasticTrainer(SFTTrainer):
         """Weights as ``from_pretrained`` reads them: the trainer itself takes the file's names for the model's own, and
         Hugging Face keeps the names of older releases in files."""
         model = self.model if model is None else model
-        if isinstance(model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            stored = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-            model.load_state_dict(stored.state_dict())
+        with _read(resume_from_checkpoint):
+            if isinstance(model, PeftModel):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                how = {"dtype": model.dtype, "use_safetensors": True}
+                stored = type(model).from_pretrained(resume_from_checkpoint, **how)
+                model.load_state_dict(stored.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _read(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _read(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: Hugging Face's rule of thumb knows nothing of plans."""
@@ -221,6 +232,22 @@ class ElasticTrainer(SFTTrainer):
         layout = replace(layout, positions=RESTORED * restored_B, merged=restored_B)
         plans = replace(self.backbone.full(encoding), survivors=layout)
         return project(self.backbone, plans, waits_BA.to(device), budgets_B.maximum(least_B).to(device), encoding)
+
+
+@contextmanager
+def _read(checkpoint: str | None) -> Iterator[None]:
+    """Name a checkpoint that cannot be read: one that is torn, or that would run code, which torch's reader of
+    optimisers' states refuses.
+
+    Raises:
+        InputError: whatever torch, safetensors and transformers raise.
+    """
+    try:
+        yield
+    except Exception as error:  # many kinds
+        raise InputError(
+            f"checkpoint {str(checkpoint)!r} cannot be read ({first_line(error)}); remove it to begin anew"
+        ) from error
 
 
 @dataclass(frozen=True)

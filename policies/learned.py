@@ -16,7 +16,9 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.fingerprint import fingerprint
+from backbones.json_files import read_json
 from backbones.masks import Masks
+from backbones.tensor_files import tensor_shapes
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
 from policies.baselines import Planner
 from policies.controller import ControllerConfig, TwoLevelController
@@ -88,11 +90,11 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
             weights.
     """
     try:
-        sizes: dict[str, Any] = json.loads((folder / SIZES).read_text())
+        sizes: dict[str, Any] = read_json(folder / SIZES)
         make_config, make = _KINDS[sizes.pop("kind", "two-level")]
         made_for = sizes.pop(MADE_FOR, None)
         config = make_config(**sizes)
-        weights = load_file(folder / WEIGHTS)
+        shapes = tensor_shapes(folder / WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise InputError(f"no readable controller in {str(folder)!r} ({error}); is it a finished run?") from error
     layout = backbone.layout
@@ -109,9 +111,17 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
             f"the controller in {str(folder)!r} was trained for other weights (fingerprint {made_for}) than those of "
             f"backbone {backbone.name!r} ({here}); name the backbone that it was trained on, or train one for this"
         )
+    if shapes != _shapes(make, config):
+        raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}; fetch or train it again")
     controller = make(config)
-    try:
-        controller.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}") from error
+    controller.load_state_dict(load_file(folder / WEIGHTS))
     return controller
+
+
+def _shapes(make: Callable[..., Controller], config: Any) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of a controller's weights by name, found without taking memory for them; None if it cannot be."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(weight.shape) for name, weight in make(config).state_dict().items()}
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from contextlib import contextmanager
+from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -48,8 +49,10 @@ class LocalHub(BaseHTTPRequestHandler):
             if files is None:
                 return self.refuse("RepoNotFound")
             if "tree" in parts:
+                under = "".join(f"{part}/" for part in parts[6:])
+                listed = [name for name in files if name.startswith(under)]
                 return self.say(
-                    [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
+                    [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in listed]
                 )
             return self.say({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]})
         files = self.server.files.get("/".join(parts[:2]))
@@ -62,7 +65,11 @@ class LocalHub(BaseHTTPRequestHandler):
     def say(self, content):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(200)
-        for name, value in (("Content-Length", len(content)), ("X-Repo-Commit", COMMIT), ("ETag", f'"{len(content)}"')):
+        for name, value in (
+            ("Content-Length", len(content)),
+            ("X-Repo-Commit", COMMIT),
+            ("ETag", f'"{sha1(content).hexdigest()}"'),
+        ):
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":

@@ -30,6 +30,7 @@ from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.policies import load_planner
 from maskgym.lmms.arguments import Arguments
 from policies.chain import THEN
+from tests.load import Load
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -280,6 +281,8 @@ def check_span(span: str, name: str) -> None:
             known = options_of(COMMANDS[command])
         case [script, *_] if script in TRAININGS:
             known = options_of(TRAININGS[script][0])
+        case ["tests.load", *_]:
+            known = options_of(Load)
         case ["lmms-eval", *_]:
             known = set(OF_LMMS_EVAL)
         case [program, *_] if program in OF_OTHERS or program in ("pip", "mkdocs"):

@@ -225,7 +225,9 @@ def test_options_of_the_backbone_and_its_name_are_saved(place, run_of, tmp_path)
     backbone = load_backbone(str(place / "vlm"), expected_answer_tokens=4)
     AdaptiveVLM.from_pretrained(run_of("gumbel"), backbone).save_pretrained(tmp_path / "saved", with_backbone=False)
     assert not (tmp_path / "saved" / "model").exists()
-    loaded = AdaptiveVLM.from_pretrained(tmp_path / "saved").backbone
+    with pytest.raises(InputError, match="is neither within it nor on the hub; if you trust that place, name it"):
+        AdaptiveVLM.from_pretrained(tmp_path / "saved")
+    loaded = AdaptiveVLM.from_pretrained(tmp_path / "saved", str(place / "vlm")).backbone
     assert (loaded.name, loaded.expected_answer_tokens) == (str(place / "vlm"), 4)
     card = (tmp_path / "saved" / "README.md").read_text()
     assert f"the VLM `{place / 'vlm'}`" in card and "base_model" not in card

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -183,9 +184,18 @@ def _open_copy(folder: Path, split: str, parts: Sequence[str]) -> datasets.Datas
 
 
 def _load_parquet(path: Path) -> Any:
-    return (
-        datasets.load_dataset("parquet", data_files=str(path)) if path.is_file() else datasets.load_dataset(str(path))
-    )
+    """A file, or a folder as on the hub, whose README may say which of its files are data.
+
+    Raises:
+        ValueError: data outside of the folder.
+    """
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=str(path))
+    named = datasets.load_dataset_builder(str(path)).config.data_files or {}
+    for file in (file for files in named.values() for file in files):
+        if not Path(os.path.abspath(file)).is_relative_to(path.absolute()):
+            raise ValueError(f"its README has data in {file!r}, outside of it")
+    return datasets.load_dataset(str(path))
 
 
 def _row_of_copy(

@@ -69,6 +69,7 @@ class Demo(cli.Placement):
             "server.maxUploadSize": self.upload_megabytes,
             "browser.gatherUsageStats": False,
             "client.toolbarMode": "minimal",
+            "client.showErrorDetails": "none",  # tracebacks have paths of this machine
         }
         streamlit.main(["run", str(PAGE), *(f"--{name}={value}" for name, value in options.items())])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import streamlit as st
 
 from backbones.encoding import Query
@@ -19,7 +22,8 @@ def show(served: Served) -> None:
     """Inputs on the left; the full model, the policy and a baseline side by side on the right."""
     comparison = served.comparison
     st.set_page_config(page_title="maskgym", layout="wide")
-    st.subheader(f"What `{comparison.policy.name}` computes of `{comparison.backbone.name}`")
+    backbone = Path(comparison.backbone.name).name  # visitors need not know where it lies
+    st.subheader(f"What {_plain(comparison.policy.name)} computes of {_plain(backbone)}")
     inputs, *columns = st.columns([1.25, 1, 1, 1], gap="medium")
     with inputs:
         query = _choose_query(served)
@@ -31,11 +35,11 @@ def show(served: Served) -> None:
     planners: list[Planner] = [comparison.full, comparison.policy, baseline]
     for column, planner in zip(columns, planners, strict=True):
         with column:
-            st.markdown(f"**{'full model' if planner.name == FULL else planner.name}**")
+            st.markdown(f"**{'full model' if planner.name == FULL else _plain(planner.name)}**")
             try:
                 _show_side(comparison.side(planner, query, percent / 100), query)
             except InputError as error:
-                st.error(str(error))
+                st.error(_plain(str(error)))
 
 
 def _choose_query(served: Served) -> Query | None:
@@ -58,12 +62,17 @@ def _choose_query(served: Served) -> Query | None:
                 upload.getvalue(), upload.name, question, limits.upload_megabytes, limits.upload_megapixels
             )
         except InputError as error:
-            st.error(str(error))
+            st.error(_plain(str(error)))
             return None
     if not question.strip():
         st.info("Ask something about the image.")
         return None
     return query
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: no links, pictures or HTML of whoever wrote it, on one line."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
 def _label(query: Query) -> str:
@@ -74,7 +83,7 @@ def _show_side(side: Side, query: Query) -> None:
     reply = side.reply
     right = bool(query.answers) and score(reply.text, query.answers) > 0.5
     mark = "" if not query.answers else " :green[✓]" if right else " :red[✗]"
-    st.markdown(f"### {reply.text or '(nothing)'}{mark}")
+    st.markdown(f"### {_plain(reply.text) or '(nothing)'}{mark}")
     layers, heads = reply.plan.heads.shape[1:]
     kept = f"{reply.kept_tokens:.4g} of {side.visual_tokens} visual tokens"
     st.image(side.picture, width="stretch", alt=f"{kept} kept, the rest dark; heads by layers below")

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from backbones import Backbone, EncodingBank
+from backbones.errors import InputError, first_line
+from backbones.json_files import read_json
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
@@ -52,13 +55,33 @@ class Cell:
         return (self.run / "result.json").is_file()
 
     def records(self) -> list[Record]:
-        """What was measured, a record a budget; a budget that it cannot meet has a ``gap`` that says why."""
-        return json.loads((self.folder / RECORDS).read_text())
+        """What was measured, a record a budget; a budget that it cannot meet has a ``gap`` that says why.
+
+        Raises:
+            InputError: an unreadable file.
+        """
+        try:
+            return read_json(self.folder / RECORDS)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(RECORDS, error) from error
 
     def outcomes(self) -> dict[str, np.ndarray]:
-        """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,)."""
-        with np.load(self.folder / OUTCOMES, allow_pickle=False) as file:
-            return dict(file)
+        """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,).
+
+        Raises:
+            InputError: an unreadable file.
+        """
+        try:
+            with np.load(self.folder / OUTCOMES, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, MemoryError, EOFError, BadZipFile) as error:
+            raise self._unreadable(OUTCOMES, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> InputError:
+        file, records = str(self.folder / name), str(self.folder / RECORDS)
+        return InputError(
+            f"{file!r} cannot be read ({first_line(error)}); remove {records!r} to measure that cell again"
+        )
 
     def failure(self) -> str | None:
         """Why it could not be measured, if it could not."""

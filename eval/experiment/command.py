@@ -13,6 +13,8 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
+from backbones.errors import first_line
+from backbones.json_files import read_json
 from envs import load_queries
 from envs.queries import DatasetQueries
 from eval import cli
@@ -154,7 +156,20 @@ class Experiment(cli.Placement):
             records, left_out = evaluate_settings(settings, backbone, bank, self.budgets)
             found = {"best": best_settings(records), "left_out": left_out, "records": records}
             write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
-        return json.loads(file.read_text())["best"]
+        return self._best(file)
+
+    def _best(self, file: Path) -> dict[str, str]:
+        """What tuning has found: settings of the grid, and nothing else that a file could name as a policy."""
+        settings = settings_of(TUNED[self.name], read_grid(GRID))
+        try:
+            best = dict(read_json(file)["best"])
+            if not set(best.values()) <= set(settings):
+                raise ValueError("settings that are not of the grid")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise cli.InputError(
+                f"{str(file)!r} cannot be read ({first_line(error)}); remove it to tune anew"
+            ) from error
+        return best
 
     def _queries(self) -> DatasetQueries:
         queries = load_queries(self.data, "test")
@@ -202,7 +217,7 @@ def read_head(file: Path) -> dict[str, Any]:
         InputError: an unreadable file.
     """
     try:
-        head = json.loads(file.read_text())
+        head = read_json(file)
     except (OSError, ValueError) as error:
         raise cli.InputError(f"{str(file)!r} cannot be read ({error}); choose another --out") from error
     if not isinstance(head, dict):

@@ -16,6 +16,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
+from backbones.json_files import read_json
 from backbones.masks import Masks
 from policies.projection import project
 
@@ -58,7 +59,7 @@ class SearchedOrder:
             InputError: a missing or unreadable file.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
             order = [[int(number) for number in unit] for unit in fields.pop("order")]
             layout = tuple(int(size) for size in fields.pop("layout"))
             if len(layout) != 3:
