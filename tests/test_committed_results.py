@@ -1,0 +1,57 @@
+"""What ``results/scenes`` says follows from its records, and these from its controllers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backbones import EncodingBank
+from envs import load_queries
+from eval.evaluate import outcomes_met
+from eval.experiment.arms import EXPERIMENTS, Prepared
+from eval.experiment.cells import fill, lay_out
+from eval.experiment.claims import pairs
+from eval.experiment.summary import accuracy_table, collect, comparison_table, comparisons, estimates
+from eval.policies import load_planner
+
+SCENES = Path(__file__).parent.parent / "results" / "scenes"
+HEAD = json.loads((SCENES / "experiment.json").read_text())
+REPORTS = sorted(file.parent.name for file in SCENES.glob("*/tables.md"))
+FEW = 200
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return load_queries(HEAD["data"], "test").spread(HEAD["test_queries"])
+
+
+def cells_of(name):
+    seeds = sorted({int(folder.name.removeprefix("seed-")) for folder in SCENES.glob("cells/*/seed-*")})
+    tuning = SCENES / "tuning.json"
+    tuned = json.loads(tuning.read_text())["best"] if tuning.is_file() else {}
+    return lay_out(SCENES, EXPERIMENTS[name](Prepared(tuned, SCENES / "static.json")), seeds)
+
+
+@pytest.mark.parametrize("name", ["static, merged", "rl", "gumbel"])
+def test_a_cell_is_had_again_from_its_run(tiny, queries, name):
+    cells = cells_of("training")
+    (cell,) = (cell for cell in cells if (cell.arm.name, cell.seed) == (name, 0))
+    planner = load_planner(fill(cell.arm.policy, cell, cells), tiny, 0)
+    bank = EncodingBank(tiny, queries.head(FEW))
+    (found,), _ = outcomes_met(planner, tiny, bank, (0.25,), 0, progress=False)
+    stored = {column: values[:FEW] for column, values in cell.outcomes().items()}
+    # another processor may round otherwise, and a query that was undecided may turn
+    assert np.mean(found.columns["accuracy"] != stored["accuracy@0.25"]) <= 0.01
+    assert found.columns["llm_flops_ratio"] == pytest.approx(stored["llm_flops_ratio@0.25"], abs=0.02)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_tables_follow_from_records(queries, name):
+    budgets, cells = HEAD["budgets"], cells_of(name)
+    results = collect(cells)
+    written = (SCENES / name / "tables.md").read_text()
+    assert accuracy_table(results, estimates(results, queries.kinds), budgets).markdown() in written
+    arms = list({cell.arm.name: cell.arm for cell in cells}.values())
+    assert comparison_table(comparisons(results, pairs(name, arms), budgets)).markdown() in written
+    assert all(not record.get("budget_violations") for cell in cells if cell.done for record in cell.records())
