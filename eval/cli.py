@@ -14,8 +14,9 @@ import tyro
 import yaml
 
 from backbones import Backbone, load_backbone
+from backbones.atomic import write_atomically
 from backbones.errors import InputError as InputError
-from eval.runs import RunFolder, write_atomically
+from eval.runs import RunFolder
 
 ConfigT = TypeVar("ConfigT")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -15,11 +16,12 @@ from typing import Any
 
 import yaml
 
+from backbones.atomic import temporary, write_atomically
 from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+CONFIG, METRICS, TIMING = "config.yaml", "metrics.jsonl", "timing.jsonl"
 
 NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
@@ -47,7 +49,7 @@ class RunFolder:
         fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
         if folder.path.exists() and not folder.path.is_dir():
             raise InputError(f"output {str(path)!r} is a file; choose another --out")
-        if folder.path.exists() and any(folder.path.iterdir()):
+        if folder._is_begun():
             if not folder.is_run():
                 raise InputError(f"output {str(path)!r} exists and is not a run folder; choose another --out")
             if not resume:
@@ -58,15 +60,27 @@ class RunFolder:
                     f"output {str(path)!r} was begun with {changed[0]}={folder.config()[changed[0]]!r}, now "
                     f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
                 )
-            return folder
-        folder.path.mkdir(parents=True, exist_ok=True)
-        (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
-        (folder.path / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
-        (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        else:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.path / CONFIG, yaml.safe_dump(fields, sort_keys=False).encode())
+        folder._say_how()
         return folder
 
+    def _is_begun(self) -> bool:
+        """Whether anything is there, but for what a run leaves that was killed before it had written its config."""
+        leftover = temporary(self.path / CONFIG)
+        return self.path.exists() and any(path != leftover for path in self.path.iterdir())
+
+    def _say_how(self) -> None:
+        """Write down command and environment, unless an earlier attempt has."""
+        command, versions = self.path / "command.txt", self.path / "environment.json"
+        if not command.exists():
+            write_atomically(command, (shlex.join([Path(sys.executable).name, *sys.argv]) + "\n").encode())
+        if not versions.exists():
+            write_atomically(versions, (json.dumps(environment(), indent=2) + "\n").encode())
+
     def is_run(self) -> bool:
-        return (self.path / "config.yaml").is_file()
+        return (self.path / CONFIG).is_file()
 
     def config(self) -> dict[str, Any]:
         """The resolved config that the run was begun with.
@@ -77,11 +91,11 @@ class RunFolder:
         if not self.is_run():
             raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
         try:
-            fields = yaml.safe_load((self.path / "config.yaml").read_text())
+            fields = yaml.safe_load((self.path / CONFIG).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{str(self.path / 'config.yaml')!r} is not readable YAML") from error
+            raise InputError(f"{str(self.path / CONFIG)!r} is not readable YAML") from error
         if not isinstance(fields, dict):
-            raise InputError(f"{str(self.path / 'config.yaml')!r} must hold a mapping of options")
+            raise InputError(f"{str(self.path / CONFIG)!r} must hold a mapping of options")
         return fields
 
     @property
@@ -106,6 +120,11 @@ class RunFolder:
         self._append(TIMING, timing)
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            InputError: a line that is no JSON object.
+        """
         return self._lines(METRICS)
 
     def timing(self) -> list[dict[str, Any]]:
@@ -123,10 +142,14 @@ class RunFolder:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # checkpoints count the lines before them
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
+        """A line counts when it has its end: what comes after the last end, a crash has torn."""
         file = self.path / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return [_parsed(line, f"{str(file)!r}, line {number}") for number, line in enumerate(lines, 1)]
 
     def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -135,11 +158,14 @@ class RunFolder:
         write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}, is not JSON ({error}); mend or remove the line") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}, is {fields!r:.40}, not an object; mend or remove the line")
+    return fields
 
 
 def environment() -> dict[str, Any]:

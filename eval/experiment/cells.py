@@ -7,16 +7,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backbones import Backbone, EncodingBank
+from backbones.atomic import write_atomically
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
-from eval.runs import RunFolder, write_atomically
+from eval.runs import RunFolder
 from eval.timing import add_timing, first_queries
 
 RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"
@@ -139,8 +141,9 @@ def measure(
             columns[f"{name}@{outcome.record['budget']:g}"] = outcome.columns[name].astype(np.float32)
     records += [{**head, "budget": budget, "gap": reason} for budget, reason in gaps.items()]
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with (cell.folder / OUTCOMES).open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **columns)
+    packed = BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **columns)
+    write_atomically(cell.folder / OUTCOMES, packed.getvalue())
     write_atomically(cell.folder / RECORDS, (json.dumps(records, indent=2) + "\n").encode())
 
 
@@ -151,6 +154,6 @@ def attempt(cell: Cell, work: Any) -> bool:
     try:
         work()
     except Exception as error:  # whatever it is, it is this cell's, and the report shows it
-        (cell.folder / FAILURE).write_text(f"{type(error).__name__}: {error}\n")
+        write_atomically(cell.folder / FAILURE, f"{type(error).__name__}: {error}\n".encode())
         return False
     return True
