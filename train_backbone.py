@@ -277,4 +277,4 @@ def save(config: BackboneConfig, folder: RunFolder, trainer: ElasticTrainer, bac
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.RESUME)

@@ -21,8 +21,11 @@ class Stopped(BaseException):
     """
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
 
     @property
     def status(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
 from eval.runs import RunFolder
+from eval.stopping import run_process
 from eval.timing import add_timing, first_queries
 
 RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"
@@ -97,14 +97,13 @@ def train(cell: Cell, cells: Sequence[Cell], shared: Sequence[str]) -> None:
 
     Raises:
         RuntimeError: a training that ends with an error; the message is its last line.
+        Stopped: by a signal, which the training heard, too.
     """
     options = [fill(option, cell, cells) for option in cell.arm.options]
     again = ["--resume"] if RunFolder(cell.run).is_run() else []
     command = [sys.executable, "-m", str(cell.arm.script), *options, *shared, *again]
     cell.folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [*command, "--seed", str(cell.seed), "--out", str(cell.run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    done = run_process([*command, "--seed", str(cell.seed), "--out", str(cell.run)])
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
         raise RuntimeError(lines[-1].removeprefix("error: "))
