@@ -13,12 +13,14 @@ import torch
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.errors import InputError
+from backbones.errors import InputError, queries_named
+from backbones.finite import refuse_bad_gradients
 from envs import load_queries
 from envs.core import draw_budgets
 from envs.scoring import reference
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.determinism import deterministic
 from eval.report import markdown
 from eval.runs import RunFolder
 from eval.stopping import StopSignals
@@ -146,6 +148,7 @@ class Trainer:
         self.learner = learner(config, backbone)
         self.controller = self.learner.controller
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.learning_rate)
+        refuse_bad_gradients(self.optimizer, self._where)
         self.bank = EncodingBank(backbone, load_queries(config.data, "train"))
         self.queries = 0
         self._recent: list[dict[str, float]] = []
@@ -170,16 +173,18 @@ class Trainer:
         """One gradient step.
 
         Raises:
-            InputError: a loss that is not finite.
+            InputError: a loss, or a gradient, that is not finite; nothing is learnt from it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * (1 - self.progress)
-        parts = self.learner.losses(self.draw(), self.progress)
+        batch = self.draw()
+        self._ids = batch.prompts.ids
+        parts = self.learner.losses(batch, self.progress)
         weighted = [part for name, part in parts.items() if name in ("answer", "cost", "distillation")]
         loss = torch.stack(weighted).sum()
         if not torch.isfinite(loss):
             raise InputError(
-                f"the loss is {loss.item()} after {self.queries} queries; lower --learning-rate "
+                f"the loss is {loss.item()} {self._where()}; lower --learning-rate "
                 f"(now {self.config.learning_rate:g}) or raise the last of --temperatures"
             )
         self.optimizer.zero_grad()
@@ -190,6 +195,9 @@ class Trainer:
             self.tuning.step(self.progress)
         self.queries += self.config.batch_size
         return {"reward": -loss.item(), **{name: part.item() for name, part in parts.items()}}
+
+    def _where(self) -> str:
+        return f"after {self.queries} queries, in the next batch ({queries_named(self._ids)})"
 
     def train(self) -> None:
         """Until ``total_queries`` are answered, or a signal to stop has come."""
@@ -278,6 +286,17 @@ def main() -> None:
     began = time.time()
     config = cli.parse(GumbelConfig)
     config.check()
+    with deterministic(config.deterministic):
+        run(config, began)
+
+
+def run(config: GumbelConfig, began: float) -> None:
+    """Train, or finish training, and evaluate.
+
+    Args:
+        config: checked.
+        began: time, in seconds.
+    """
     folder = RunFolder.create(config.out, config, config.resume)
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     backbone = config.load(config.backbone)

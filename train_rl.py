@@ -17,11 +17,13 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from backbones import Backbone
+from backbones.errors import InputError
 from envs import MaskingCore, MaskingVecEnv
 from envs.ray_core import RayCore
 from envs.sb3_env import info_columns
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.determinism import deterministic
 from eval.runs import RunFolder
 from eval.stopping import StopSignals
 from eval.timing import load_latency_model
@@ -263,6 +265,8 @@ def train(
         if remaining > 0:
             try:
                 model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
+            except InputError as error:
+                raise InputError(f"{error}; after {model.num_timesteps} plans, the last checkpoint is kept") from error
             finally:
                 callback.bar.close()
             callback.save()
@@ -274,6 +278,17 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
+    with deterministic(config.deterministic):
+        run(config, began)
+
+
+def run(config: RLConfig, began: float) -> None:
+    """Train, or finish training, and evaluate.
+
+    Args:
+        config: checked.
+        began: time, in seconds.
+    """
     folder = RunFolder.create(config.out, config, config.resume)
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     controller, backbone, tuning = train(config, folder, tracker)

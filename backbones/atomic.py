@@ -39,6 +39,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     yield unfinished
+    put_in_place(unfinished, folder)
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Rename a folder on the same disk, flushed with all that is in it, to ``folder``, which it replaces."""
     for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
     if folder.exists():

@@ -1,5 +1,9 @@
 """The one exception type for bad input."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the user passed cannot be used.
@@ -7,3 +11,9 @@ class InputError(ValueError):
     The message is one line that names the value, what was expected, and what to do. The command line
     tools print it to standard error without a traceback and exit with status 2.
     """
+
+
+def queries_named(ids: Sequence[str]) -> str:
+    """The first of some query ids, for a message."""
+    shown = ", ".join(ids[:3])
+    return f"queries {shown}{', …' if len(ids) > 3 else ''}" if ids else "no query ids known"

@@ -54,6 +54,9 @@ class ControllerRunConfig(Placement):
     """Plans to answer in training (rounded up to whole batches)."""
     seed: int = 0
     """Of the controller's weights, the queries, the budgets and the plans."""
+    deterministic: bool = False
+    """Use only operations that give equal bits each time, and end with an error where there is none. On a CPU runs are
+    equal anyway; on a GPU they need it, and become slower."""
     out: Path = Path("runs/run")
     """Run folder to make."""
     resume: bool = False

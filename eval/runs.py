@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
-CONFIG, METRICS, TIMING = "config.yaml", "metrics.jsonl", "timing.jsonl"
+CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
 
 NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
@@ -43,7 +44,7 @@ class RunFolder:
 
         Raises:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
-                or by a run of another config.
+                by a run of another config, or by one that is going on.
         """
         folder = cls(path)
         fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
@@ -64,6 +65,7 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.path / CONFIG, yaml.safe_dump(fields, sort_keys=False).encode())
         folder._say_how()
+        folder._hold()
         return folder
 
     def _is_begun(self) -> bool:
@@ -73,11 +75,27 @@ class RunFolder:
 
     def _say_how(self) -> None:
         """Write down command and environment, unless an earlier attempt has."""
-        command, versions = self.path / "command.txt", self.path / "environment.json"
+        command, versions = self.path / COMMAND, self.path / "environment.json"
         if not command.exists():
             write_atomically(command, (shlex.join([Path(sys.executable).name, *sys.argv]) + "\n").encode())
         if not versions.exists():
             write_atomically(versions, (json.dumps(environment(), indent=2) + "\n").encode())
+
+    def _hold(self) -> None:
+        """Lock the folder until this process ends, however it ends: two trainings would write into each other.
+
+        Raises:
+            InputError: another process has it.
+        """
+        held = os.open(self.path / COMMAND, os.O_RDWR)  # left open, for closing it would unlock
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"output {str(self.path)!r} is in use by another process; let it end, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            os.close(held)
 
     def is_run(self) -> bool:
         return (self.path / CONFIG).is_file()
@@ -133,7 +151,8 @@ class RunFolder:
     def truncate_metrics(self, keep: int) -> None:
         """Drop the lines, of metrics and timing, that a killed run wrote after its last checkpoint."""
         for name in (METRICS, TIMING):
-            self._rewrite(name, self._lines(name)[:keep])
+            if (self.path / name).exists():
+                self._rewrite(name, self._lines(name)[:keep])
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the lines of later steps than the one that a run resumes from."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,20 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     found = sorted(folder.glob("step-*"))
     if not found:
         return None
+    with reading_newest(found) as newest:
+        return load_file(newest / "tensors.safetensors"), json.loads((newest / "state.json").read_text())
+
+
+@contextmanager
+def reading_newest(found: Sequence[Path]) -> Iterator[Path]:
+    """The last of some checkpoints, for the block to read.
+
+    Raises:
+        InputError: it cannot be read; the message says what to do.
+    """
     try:
-        return load_file(found[-1] / "tensors.safetensors"), json.loads((found[-1] / "state.json").read_text())
-    except Exception as error:  # safetensors and json raise many kinds
+        yield found[-1]
+    except Exception as error:  # safetensors, json and torch raise many kinds
         then = "use the one before" if len(found) > 1 else "begin anew"
         raise InputError(f"checkpoint {str(found[-1])!r} cannot be read ({error}); remove it to {then}") from error
 
