@@ -202,6 +202,8 @@ class Trainer:
     def train(self) -> None:
         """Until ``total_queries`` are answered, or a signal to stop has come."""
         total = self.config.total_queries
+        if self.queries >= total:  # resumed after its last checkpoint
+            return
         with (
             StopSignals(waits=True) as signals,
             tqdm(total=total, initial=self.queries, desc="train", unit="query") as bar,
