@@ -186,9 +186,10 @@ class Journal(TrainerCallback):
         self.began = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or "full" not in (logs or {}):
+        if not state.is_world_process_zero or logs is None or "full" not in logs:
             return
-        assert logs is not None
+        if "train_runtime" in logs and state.global_step < state.max_steps:  # stopped: the line is not complete
+            return
         parts = {name: round(logs[name], 4) for name in ("full", "pruned", "divergence") if name in logs}
         measured = validate(self.backbone, self.validation)
         self.folder.log(step=state.global_step, seconds=round(time.time() - self.began, 1), **parts, **measured)

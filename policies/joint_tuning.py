@@ -20,8 +20,8 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import EncodingBank
 from backbones.errors import InputError, queries_named
-from backbones.finite import refuse_bad_gradients
 from backbones.executed import executed_answer_logits
+from backbones.finite import refuse_bad_gradients
 from backbones.masks import Masks
 from envs.scoring import reference
 from policies.adapters import lora_config, save_model
