@@ -135,8 +135,16 @@ def killed(whole: Training, seconds: float, out: Path, kills: int, rng: random.R
         survived += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (0, -signal.SIGKILL), training.log.read_text()
     for ours, theirs, what in zip(training.outcome(), whole.outcome(), ("weights", "metrics", "results"), strict=True):
-        assert ours == theirs, f"{what} of {out} differ after {survived} kills"
+        assert ours == theirs, f"{what} of {out} differ after {survived} kills: {_difference(ours, theirs)}"
     return survived
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """The first entry that is not equal."""
+    if isinstance(ours, dict):
+        return next((name for name in theirs if ours.get(name) != theirs[name]), "other names")
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((f"{at}: {one} is not {two}" for at, (one, two) in pairs if one != two), f"{len(ours)}, {len(theirs)}")
 
 
 def main() -> None:
