@@ -205,9 +205,11 @@ class RunJournal:
         self.clock.go_on()
 
     def due_validation(self, queries: int) -> bool:
-        """Whether one is due; asking settles it."""
+        """Whether one is due; asking settles it, however many have been passed: a resumed run asks again."""
         due = queries >= self.next_validation
-        self.next_validation += self.config.validate_every * due
+        if due:
+            every = self.config.validate_every
+            self.next_validation = (queries // every + 1) * every
         return due
 
     def due_checkpoint(self, queries: int) -> bool:

@@ -303,15 +303,16 @@ def test_a_difference_would_be_seen(whole, tmp_path, name, what):
 
 
 def test_a_training_of_train_gumbel_continues_anywhere(monkeypatch, place, tmp_path):
-    """Stopped between two lines of metrics, the first half of the line is not forgotten; stopped after its last
-    checkpoint, nothing is done twice."""
+    """Stopped between two lines of metrics, the first half of the line is not forgotten; from the checkpoint after a
+    validation, though it was overdue, or the last one, nothing is done twice."""
     options = "--budgets 0.6 1 --test-budgets 0.6 --batch-size 8 --total-queries 128 --estimator adallava-l"
-    where = ["--backbone", place / "vlm", "--data", place / "data", *options.split()]
+    often = "--validate-every 32 --checkpoint-every 64"
+    where = ["--backbone", place / "vlm", "--data", place / "data", *options.split(), *often.split()]
     command(monkeypatch, train_gumbel.main, *where, "--out", tmp_path / "whole")
     step = train_gumbel.Trainer.step
 
     def stopping(self):
-        if self.queries == 40:
+        if self.queries in (40, 64):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
@@ -324,6 +325,10 @@ def test_a_training_of_train_gumbel_continues_anywhere(monkeypatch, place, tmp_p
     stopped_where(train_gumbel.Trainer, "step", stopping)
     newest = sorted((tmp_path / "stopped" / "checkpoints").iterdir())[-1]
     assert len(json.loads((newest / "state.json").read_text())["recent"]) == 6
+    stopped_where(train_gumbel.Trainer, "step", stopping, "--resume")
+    *_, at_64, at_72 = sorted((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    assert (at_64.name, at_72.name) == ("step-000000064", "step-000000072")
+    shutil.rmtree(at_72)
     stopped_where(train_gumbel, "conclude", lambda *_: os.kill(os.getpid(), signal.SIGTERM), "--resume")
     command(monkeypatch, train_gumbel.main, *where, "--out", tmp_path / "stopped", "--resume")
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "stopped")
