@@ -77,7 +77,7 @@ class RunFolder:
         """Write down command and environment, unless an earlier attempt has."""
         command, versions = self.path / COMMAND, self.path / "environment.json"
         if not command.exists():
-            write_atomically(command, (shlex.join([Path(sys.executable).name, *sys.argv]) + "\n").encode())
+            write_atomically(command, (command_line() + "\n").encode())
         if not versions.exists():
             write_atomically(versions, (json.dumps(environment(), indent=2) + "\n").encode())
 
@@ -185,6 +185,13 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InputError(f"{where}, is {fields!r:.40}, not an object; mend or remove the line")
     return fields
+
+
+def command_line() -> str:
+    """The command of this process, as somebody else would type it in the repository."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`, which puts a full path in argv
+    program = [sys.argv[0]] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    return shlex.join([Path(sys.executable).name, *program, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:

@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 from eval import cli
 from tests.conftest import build, make_dataset
 
-SHARED = "--budgets 0.6 1.0 --test-budgets 0.6 1.0 --batch-size 8 --validate-every 48 --checkpoint-every 32"
-RL = "--envs 8 --rollout-steps 2 --reward lagrangian 0.1*log-likelihood"
+SHARED = "--budgets 0.6 1.0 --test-budgets 0.6 1.0 --batch-size 8"
+RL = "--envs 8 --rollout-steps 2 --total-queries 24 --validate-every 12 --checkpoint-every 8"
+RELAXED = "--total-queries 256 --validate-every 48 --checkpoint-every 32 --estimator"
 TRAININGS = {
-    "rl": ("train_rl", f"--total-queries 96 {RL}"),
-    "gumbel": ("train_gumbel", "--total-queries 256"),
-    "soft-topk": ("train_gumbel", "--total-queries 256 --estimator soft-topk"),
-    "adallava-l": ("train_gumbel", "--total-queries 256 --estimator adallava-l"),
+    "rl": ("train_rl", f"{RL} --reward lagrangian 0.1*log-likelihood"),
+    "gumbel": ("train_gumbel", f"{RELAXED} gumbel"),
+    "soft-topk": ("train_gumbel", f"{RELAXED} soft-topk"),
+    "adallava-l": ("train_gumbel", f"{RELAXED} adallava-l"),
 }
 """By name, the script and its options."""
 

@@ -221,7 +221,7 @@ def outcome(out):
 def test_the_remedy_for_an_unreadable_checkpoint_works(monkeypatch, place, tmp_path, capsys):
     """With one before, and with none; and what a kill leaves in the folders does no harm."""
     out = tmp_path / "run"
-    small = ("--total-queries", 32, "--checkpoint-every", 16)
+    small = ("--total-queries", 8, "--checkpoint-every", 4)
     train(monkeypatch, place, out, *small)
     whole = outcome(out)
     for then in ("use the one before", "begin anew"):

@@ -57,8 +57,8 @@ def test_a_reward_that_is_not_finite_names_step_and_query(monkeypatch, place, tm
     monkeypatch.setitem(globals(), "later", Later())
     error = fails(capsys, train, monkeypatch, place, tmp_path / "run", "--reward", f"{SELF}:later")
     assert f"reward '{SELF}:later' returned inf in 1 of 8 rows (queries q" in error
-    assert error.endswith("after 32 plans, the last checkpoint is kept")
-    assert newest_weights(tmp_path / "run") == 32
+    assert error.endswith("after 8 queries, the last checkpoint is kept")
+    assert newest_weights(tmp_path / "run") == 8
 
 
 @pytest.mark.parametrize("kind", ["weights", "gradients"])
@@ -76,10 +76,10 @@ def test_ppo_stops_before_the_update(monkeypatch, place, tmp_path, capsys, kind)
                 parameter.register_hook(lambda gradient: gradient * torch.inf)
 
     monkeypatch.setattr(train_rl.RunCallback, "_on_rollout_end", spoiling)
-    error = fails(capsys, train, monkeypatch, place, tmp_path / "run", "--checkpoint-every", 16)
+    error = fails(capsys, train, monkeypatch, place, tmp_path / "run", "--checkpoint-every", 4)
     said = {"weights": "the controller's logits are not finite in 8 of 8 rows", "gradients": "gradients are not finite"}
-    assert said[kind] in error and "(queries q" in error and "after 32 plans, the last checkpoint is kept" in error
-    assert newest_weights(tmp_path / "run") == 16
+    assert said[kind] in error and "(queries q" in error and "after 8 queries, the last checkpoint is kept" in error
+    assert newest_weights(tmp_path / "run") == 4
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradients"])
@@ -187,8 +187,8 @@ def test_narrow_types_stay_near_float32(tiny, dtype, source):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_training_on_a_narrow_vlm_stays_finite(monkeypatch, place, tmp_path, dtype):
-    train(monkeypatch, place, tmp_path / "run", "--dtype", dtype, "--total-queries", 32)
-    assert newest_weights(tmp_path / "run") == 32
+    train(monkeypatch, place, tmp_path / "run", "--dtype", dtype, "--total-queries", 8)
+    assert newest_weights(tmp_path / "run") == 8
 
 
 def observing(terms):
@@ -208,7 +208,7 @@ def test_deterministic_trainings_are_equal_to_the_last_bit(monkeypatch, place, t
     found = []
     more = ["--deterministic"] if wanted else []
     for name in ("first", "second"):
-        train(monkeypatch, place, tmp_path / name, "--reward", f"{SELF}:observing", "--total-queries", 32, *more)
+        train(monkeypatch, place, tmp_path / name, "--reward", f"{SELF}:observing", "--total-queries", 8, *more)
         found.append((tmp_path / name / "controller.safetensors").read_bytes())
         found.append((tmp_path / name / "metrics.jsonl").read_bytes())
     assert found[:2] == found[2:] and set(observing.seen) == {wanted}
@@ -217,7 +217,7 @@ def test_deterministic_trainings_are_equal_to_the_last_bit(monkeypatch, place, t
 
 def test_deterministic_trainings_refuse_other_operations(monkeypatch, place, tmp_path, capsys):
     """The null: without the option the same reward works."""
-    options = ["--reward", f"{SELF}:scattering", "--total-queries", 16]
+    options = ["--reward", f"{SELF}:scattering", "--total-queries", 4]
     train(monkeypatch, place, tmp_path / "free", *options)
     capsys.readouterr()
     error = fails(capsys, train, monkeypatch, place, tmp_path / "strict", *options, "--deterministic")
