@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,11 +28,13 @@ from backbones.tiny_vision import said_labels, train_vision
 from envs.queries import DatasetQueries, load_queries
 from envs.scoring import reference
 from eval import cli
+from eval.determinism import deterministic
 from eval.evaluate import evaluate
 from eval.runs import RunFolder
+from eval.stopping import StopSignals
 from policies.adapters import lora_config, save_model
 from policies.baselines import FullPlanner, RandomPlanner
-from policies.elastic import ElasticSettings, ElasticTrainer
+from policies.elastic import ElasticSettings, ElasticTrainer, checkpoints, step_of
 from policies.muon import MuonAdamW
 
 
@@ -86,6 +89,8 @@ class BackboneConfig:
     """Of weights, batches and plans."""
     validate_every: int = 200
     """Steps between validations and checkpoints."""
+    deterministic: bool = False
+    """Use only operations that give equal bits each time, and end with an error where there is none."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
 
@@ -181,9 +186,10 @@ class Journal(TrainerCallback):
         self.began = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or "full" not in (logs or {}):
+        if not state.is_world_process_zero or logs is None or "full" not in logs:
             return
-        assert logs is not None
+        if "train_runtime" in logs and state.global_step < state.max_steps:  # stopped: the line is not complete
+            return
         parts = {name: round(logs[name], 4) for name in ("full", "pruned", "divergence") if name in logs}
         measured = validate(self.backbone, self.validation)
         self.folder.log(step=state.global_step, seconds=round(time.time() - self.began, 1), **parts, **measured)
@@ -218,7 +224,6 @@ def trainer_options(config: BackboneConfig, folder: RunFolder) -> SFTConfig:
         max_grad_norm=1.0,
         logging_steps=config.validate_every,
         save_steps=config.validate_every,
-        save_total_limit=1,
         seed=config.seed,
         use_cpu=config.device == "cpu",
         bf16=config.dtype == "bfloat16",
@@ -231,24 +236,42 @@ def trainer_options(config: BackboneConfig, folder: RunFolder) -> SFTConfig:
     )
 
 
-def last_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [file.parent for file in folder.checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+class Stopping(TrainerCallback):
+    """A signal to stop is obeyed after a step, with a checkpoint."""
+
+    def __init__(self, signals: StopSignals):
+        self.signals = signals
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.signals.asked is not None:
+            control.should_save = control.should_training_stop = True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = cli.parse(BackboneConfig, arguments)
     check(config)
-    folder = RunFolder.create(config.out, config, config.resume)
+    with deterministic(config.deterministic):
+        run(config)
+
+
+def run(config: BackboneConfig) -> None:
+    """Train, or finish training, and save."""
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launches
+    folder = RunFolder.create(config.out, config, config.resume) if first else RunFolder(config.out)
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     backbone = build(config, train)
     options = trainer_options(config, folder)
-    checkpoint = last_checkpoint(folder) if config.resume else None
+    checkpoint = next(reversed(checkpoints(folder.checkpoints)), None) if config.resume else None
+    if checkpoint is None and first:
+        folder.truncate_metrics(0)
+    elif first:
+        folder.drop_metrics_after(step_of(checkpoint))
     if checkpoint is None and config.backbone == "scratch" and config.vision_steps:
         began = time.time()
         loss = prepare_vision(config, backbone, train)
-        folder.log(vision_loss=round(loss, 5), seconds=round(time.time() - began, 1))
+        if first:
+            folder.log(vision_loss=round(loss, 5), seconds=round(time.time() - began, 1))
+    signals = StopSignals(waits=True)
     trainer = ElasticTrainer(
         backbone,
         train,
@@ -259,11 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options,
         lora_config(backbone, config.lora_rank) if config.lora_rank else None,
         optimizers=(optimizer(config, backbone), None),
-        callbacks=[Journal(folder, backbone, validation)],
+        callbacks=[Journal(folder, backbone, validation), Stopping(signals)],
     )
-    if checkpoint is not None:
-        folder.drop_metrics_after(int(checkpoint.name.split("-")[1]))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with signals:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():
         save(config, folder, trainer, backbone)
 
@@ -277,4 +299,4 @@ def save(config: BackboneConfig, folder: RunFolder, trainer: ElasticTrainer, bac
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.RESUME)

@@ -17,12 +17,15 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from backbones import Backbone
+from backbones.errors import InputError
 from envs import MaskingCore, MaskingVecEnv
 from envs.ray_core import RayCore
 from envs.sb3_env import info_columns
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.determinism import deterministic
 from eval.runs import RunFolder
+from eval.stopping import StopSignals
 from eval.timing import load_latency_model
 from eval.tracking import Tracker
 from policies.checkpoints import (
@@ -162,13 +165,14 @@ class RunCallback(BaseCallback):
         config: the run's options.
         journal: where metrics go.
         venv: the environment, whose state goes into checkpoints.
+        signals: to stop, between two updates.
     """
 
     INFO = ("accuracy", "flops", "budget", "kept_tokens", "kept_heads", "kept_layers")
 
-    def __init__(self, config: RLConfig, journal: RunJournal, venv: MaskingVecEnv):
+    def __init__(self, config: RLConfig, journal: RunJournal, venv: MaskingVecEnv, signals: StopSignals):
         super().__init__()
-        self.config, self.journal, self.venv = config, journal, venv
+        self.config, self.journal, self.venv, self.signals = config, journal, venv, signals
         self.tuning = config.tuning(venv.core.backbone)
         self._rollout: list[dict[str, np.ndarray]] = []
         self._executed: list[tuple[np.ndarray, np.ndarray]] = []
@@ -208,6 +212,7 @@ class RunCallback(BaseCallback):
             self.journal.validate(self.queries, self._controller())
         if self.journal.due_checkpoint(self.queries):
             self.save()
+        self.signals.obey(self.save)
 
     def _on_training_end(self) -> None:
         self._log_rollout()
@@ -251,6 +256,7 @@ class RunCallback(BaseCallback):
         """Continue from the run's last checkpoint, if it has one."""
         loaded = load_checkpoint(self.journal.folder.checkpoints)
         if loaded is None:
+            self.journal.folder.truncate_metrics(0)
             return
         tensors, state = loaded
         policy = {name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")}
@@ -272,16 +278,19 @@ def train(
     """Train, or finish training, in ``folder``."""
     model, venv = build(config)
     journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl")
-    callback = RunCallback(config, journal, venv)
-    if config.resume:
-        callback.restore(model)
-    remaining = config.total_queries * config.plans_per_query - model.num_timesteps
-    if remaining > 0:
-        try:
-            model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
-        finally:
-            callback.bar.close()
-        callback.save()
+    with StopSignals(waits=True) as signals:
+        callback = RunCallback(config, journal, venv, signals)
+        if config.resume:
+            callback.restore(model)
+        remaining = config.total_queries * config.plans_per_query - model.num_timesteps
+        if remaining > 0:
+            try:
+                model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
+            except InputError as error:
+                raise InputError(f"{error}; after {callback.queries} queries, the last checkpoint is kept") from error
+            finally:
+                callback.bar.close()
+            callback.save()
     assert isinstance(model.policy, TwoLevelPolicy)
     return model.policy.controller, venv.core.backbone, callback.tuning
 
@@ -290,6 +299,17 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
+    with deterministic(config.deterministic):
+        run(config, began)
+
+
+def run(config: RLConfig, began: float) -> None:
+    """Train, or finish training, and evaluate.
+
+    Args:
+        config: checked.
+        began: time, in seconds.
+    """
     folder = RunFolder.create(config.out, config, config.resume)
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     controller, backbone, tuning = train(config, folder, tracker)
@@ -297,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.RESUME)

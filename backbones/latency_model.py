@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
@@ -62,7 +63,7 @@ class LatencyModel:
         return features_BF @ torch.tensor(self.weights, dtype=torch.float64, device=features_BF.device)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:

@@ -18,6 +18,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank, QuerySource
 from backbones.errors import InputError
+from backbones.finite import check_finite
 from backbones.latency_model import LatencyModel
 from backbones.loading import load_backbone
 from backbones.masks import Masks
@@ -27,6 +28,7 @@ from envs.rewards import Reward, RewardTerms, WeightedReward
 from envs.scoring import longest_answer, reference, score
 
 OBSERVATIONS = ("id", "features")
+OVERFLOW = "look at its weights, or give --dtype a wider type"
 MAX_TEXT_TOKENS = 64
 """Text tokens in a ``features`` observation; longer prompts are refused there."""
 
@@ -162,13 +164,18 @@ class MaskingCore:
     def execute(
         self, numbers: np.ndarray, budgets: np.ndarray, actions: np.ndarray
     ) -> tuple[RewardTerms, dict[str, np.ndarray]]:
-        """What ``step`` does before it rewards: the raw terms, and the FLOPs part by part, each (B,)."""
+        """What ``step`` does before it rewards: the raw terms, and the FLOPs part by part, each (B,).
+
+        Raises:
+            InputError: logits of the backbone that are not finite.
+        """
         plans = self.layout.parse(actions).to(self.backbone.device)
         encoding = self.bank.gather(numbers)
         masks = self.backbone.restrict(encoding, self.laid_out(plans))
         references = [reference(accepted) for accepted in encoding.answers]
         answers = self.backbone.answer(encoding, masks, self.max_new_tokens, references)
         assert answers.log_likelihood is not None
+        check_finite("the VLM's logits are", answers.log_likelihood, encoding.ids, OVERFLOW)
         charge = self.controller_flops
         charged = charge(encoding.text_tokens) if callable(charge) else charge
         cost = self.backbone.cost(encoding, masks, charged)

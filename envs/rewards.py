@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.errors import InputError
+from backbones.errors import InputError, queries_named
 from backbones.naming import import_dotted
 from envs.lagrangian import Lagrangian
 
@@ -163,21 +163,16 @@ def _evaluate(name: str, function: Reward, terms: RewardTerms, ids: Sequence[str
     try:
         values = np.asarray(function(terms), dtype=np.float64)
     except Exception as error:  # the user's own code: whatever it raises, say which reward it was
-        raise InputError(f"reward {name!r} raised {type(error).__name__}: {error} ({_some(ids)})") from error
+        raise InputError(f"reward {name!r} raised {type(error).__name__}: {error} ({queries_named(ids)})") from error
     if values.shape != (len(terms),):
         raise InputError(
             f"reward {name!r} returned shape {values.shape}; it must return one number a row, ({len(terms)},)"
         )
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        where = _some([ids[row] for row in bad.tolist()] if len(ids) else [])
+        where = queries_named([ids[row] for row in bad.tolist()] if len(ids) else [])
         raise InputError(f"reward {name!r} returned {values[bad[0]]} in {len(bad)} of {len(terms)} rows ({where})")
     return values
-
-
-def _some(ids: Sequence[str]) -> str:
-    shown = ", ".join(ids[:3])
-    return f"queries {shown}{', …' if len(ids) > 3 else ''}" if ids else "no query ids known"
 
 
 def _name(function: Reward) -> str:

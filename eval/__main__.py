@@ -301,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "the same command begins anew; an experiment goes on where it was")

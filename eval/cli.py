@@ -14,10 +14,16 @@ import torch
 import tyro
 
 from backbones import Backbone, load_backbone
+from backbones.atomic import write_atomically
 from backbones.errors import InputError as InputError
-from eval.runs import RunFolder, read_options, write_atomically
+from eval.runs import RunFolder, read_options
+from eval.stopping import Stopped, StopSignals
 
 ConfigT = TypeVar("ConfigT")
+
+
+RESUME = "go on with the same command and --resume"
+"""How a training that was stopped continues."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,13 +40,18 @@ class Placement:
         return load_backbone(backbone, getattr(torch, self.dtype), self.device)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command; bad input ends it with status 2 and one line on standard error."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
+    """Run a command. Bad input ends it with status 2 and one line on standard error, SIGINT and SIGTERM with the
+    statuses 130 and 143 and one line that says how to ``go_on``."""
+    with StopSignals():
+        try:
+            main()
+        except InputError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except Stopped as stopped:
+            print(f"{stopped}; {go_on}", file=sys.stderr)
+            raise SystemExit(stopped.status) from None
 
 
 def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:

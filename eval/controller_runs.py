@@ -54,6 +54,9 @@ class ControllerRunConfig(Placement):
     """Queries to draw in training (rounded up to whole batches), each with a budget."""
     seed: int = 0
     """Of the controller's weights, the queries, the budgets and the plans."""
+    deterministic: bool = False
+    """Use only operations that give equal bits each time, and end with an error where there is none. On a CPU runs are
+    equal anyway; on a GPU they need it, and become slower."""
     out: Path = Path("runs/run")
     """Run folder to make."""
     resume: bool = False
@@ -212,9 +215,11 @@ class RunJournal:
         self.clock.go_on()
 
     def due_validation(self, queries: int) -> bool:
-        """Whether one is due; asking settles it."""
+        """Whether one is due; asking settles it, however many have been passed: a resumed run asks again."""
         due = queries >= self.next_validation
-        self.next_validation += self.config.validate_every * due
+        if due:
+            every = self.config.validate_every
+            self.next_validation = (queries // every + 1) * every
         return due
 
     def due_checkpoint(self, queries: int) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -15,14 +17,15 @@ from typing import Any
 
 import yaml
 
+from backbones.atomic import temporary, write_atomically
 from backbones.errors import InputError
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
+CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
+
 MOST_BYTES = 64 * 1024
 """Of a file of options."""
-
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
@@ -44,13 +47,13 @@ class RunFolder:
 
         Raises:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
-                or by a run of another config.
+                by a run of another config, or by one that is going on.
         """
         folder = cls(path)
         fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
         if folder.path.exists() and not folder.path.is_dir():
             raise InputError(f"output {str(path)!r} is a file; choose another --out")
-        if folder.path.exists() and any(folder.path.iterdir()):
+        if folder._is_begun():
             if not folder.is_run():
                 raise InputError(f"output {str(path)!r} exists and is not a run folder; choose another --out")
             if not resume:
@@ -61,15 +64,44 @@ class RunFolder:
                     f"output {str(path)!r} was begun with {changed[0]}={folder.config()[changed[0]]!r}, now "
                     f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
                 )
-            return folder
-        folder.path.mkdir(parents=True, exist_ok=True)
-        (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
-        (folder.path / "command.txt").write_text(command_line() + "\n")
-        (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        else:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.path / CONFIG, yaml.safe_dump(fields, sort_keys=False).encode())
+        folder._say_how()
+        folder._hold()
         return folder
 
+    def _is_begun(self) -> bool:
+        """Whether anything is there, but for what a run leaves that was killed before it had written its config."""
+        leftover = temporary(self.path / CONFIG)
+        return self.path.exists() and any(path != leftover for path in self.path.iterdir())
+
+    def _say_how(self) -> None:
+        """Write down command and environment, unless an earlier attempt has."""
+        command, versions = self.path / COMMAND, self.path / "environment.json"
+        if not command.exists():
+            write_atomically(command, (command_line() + "\n").encode())
+        if not versions.exists():
+            write_atomically(versions, (json.dumps(environment(), indent=2) + "\n").encode())
+
+    def _hold(self) -> None:
+        """Lock the folder until this process ends, however it ends: two trainings would write into each other.
+
+        Raises:
+            InputError: another process has it.
+        """
+        held = os.open(self.path / COMMAND, os.O_RDWR)  # left open, for closing it would unlock
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"output {str(self.path)!r} is in use by another process; let it end, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            os.close(held)
+
     def is_run(self) -> bool:
-        return (self.path / "config.yaml").is_file()
+        return (self.path / CONFIG).is_file()
 
     def config(self) -> dict[str, Any]:
         """The resolved config that the run was begun with.
@@ -79,7 +111,7 @@ class RunFolder:
         """
         if not self.is_run():
             raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
-        return read_options(self.path / "config.yaml")
+        return read_options(self.path / CONFIG)
 
     @property
     def checkpoints(self) -> Path:
@@ -115,6 +147,11 @@ class RunFolder:
         self._append(TIMING, timing)
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            InputError: a line that is no JSON object.
+        """
         return self._lines(METRICS)
 
     def timing(self) -> list[dict[str, Any]]:
@@ -123,7 +160,8 @@ class RunFolder:
     def truncate_metrics(self, keep: int) -> None:
         """Drop the lines, of metrics and timing, that a killed run wrote after its last checkpoint."""
         for name in (METRICS, TIMING):
-            self._rewrite(name, self._lines(name)[:keep])
+            if (self.path / name).exists():
+                self._rewrite(name, self._lines(name)[:keep])
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the lines of later steps than the one that a run resumes from."""
@@ -132,10 +170,14 @@ class RunFolder:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # checkpoints count the lines before them
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
+        """A line counts when it has its end: what comes after the last end, a crash has torn."""
         file = self.path / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return [_parsed(line, f"{str(file)!r}, line {number}") for number, line in enumerate(lines, 1)]
 
     def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -171,11 +213,14 @@ def read_options(path: Path) -> dict[str, Any]:
     return fields
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}, is not JSON ({error}); mend or remove the line") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}, is {fields!r:.40}, not an object; mend or remove the line")
+    return fields
 
 
 def command_line() -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from PIL import Image
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Query
 from backbones.errors import InputError, first_line
@@ -21,7 +22,7 @@ from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch, load_backbone
 from backbones.lora import holds_adapters
 from eval.evaluate import Record, check_budgets
-from eval.runs import RunFolder, environment, write_atomically
+from eval.runs import RunFolder, environment
 from eval.timing import how_to_calibrate, load_latency_model
 from maskgym.model_card import model_card
 from policies.adapters import save_model

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
@@ -72,9 +73,10 @@ def planner_of(controller: Controller, backbone: Backbone, name: str) -> Planner
 def save_controller(controller: Controller, folder: Path, backbone: Backbone) -> None:
     """Write ``controller.safetensors`` and ``controller.json``; the latter names the backbone's weights, too."""
     kind = next(name for name, (_, module) in _KINDS.items() if type(controller) is module)
-    save_file({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}, folder / WEIGHTS)
+    weights = save({name: tensor.contiguous() for name, tensor in controller.state_dict().items()})
+    write_atomically(folder / WEIGHTS, weights)
     described = {"kind": kind, **controller.config_dict(), MADE_FOR: fingerprint(backbone.model)}
-    (folder / SIZES).write_text(json.dumps(described, indent=2) + "\n")
+    write_atomically(folder / SIZES, (json.dumps(described, indent=2) + "\n").encode())
 
 
 def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False) -> Controller:

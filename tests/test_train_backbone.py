@@ -164,7 +164,10 @@ def test_answers_that_cannot_be_learnt_are_named():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--learning-rate 1e30 --vision-steps 0", "the loss is nan at step 2; lower --learning-rate (now 1e+30)"),
+        (
+            "--learning-rate 1e30 --vision-steps 0",
+            "the loss is nan at step 2 (queries q8, q9, q6, …); lower --learning-rate (now 1e+30)",
+        ),
         ("--learning-rate nan", "--learning-rate is nan; it must be a positive number"),
         ("--lora-rank -1 --backbone tiny", "LoRA rank is -1; it must be at least 1"),
         ("--elastic-questions 9", "--elastic-questions is 9; it must be at least 1 and at most --questions (2)"),

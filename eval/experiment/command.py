@@ -13,6 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
+from backbones.atomic import temporary, write_atomically
 from backbones.errors import first_line
 from backbones.json_files import read_json
 from envs import load_queries
@@ -23,7 +24,7 @@ from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
-from eval.runs import environment, write_atomically
+from eval.runs import environment
 from eval.search_static import search
 from eval.tune import GRID, best_settings, evaluate_settings, read_grid
 from policies.static.search import SearchSettings
@@ -113,7 +114,7 @@ class Experiment(cli.Placement):
         file = self.out / HEAD
         if self.out.exists() and not self.out.is_dir():
             raise cli.InputError(f"--out {str(self.out)!r} is a file; name a folder")
-        if self.out.exists() and any(self.out.iterdir()) and not file.is_file():
+        if self.out.exists() and any(path != temporary(file) for path in self.out.iterdir()) and not file.is_file():
             raise cli.InputError(f"--out {str(self.out)!r} holds something that is no experiment; choose another")
         if file.is_file():
             begun = read_head(file)

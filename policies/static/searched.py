@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
@@ -49,7 +50,7 @@ class SearchedOrder:
         return json.dumps(asdict(self)) + "\n"
 
     def save(self, path: Path) -> None:
-        path.write_text(self.json())
+        write_atomically(path, self.json().encode())
 
     @classmethod
     def load(cls, path: Path) -> SearchedOrder:
