@@ -240,7 +240,12 @@ def last_checkpoint(folder: RunFolder) -> Path | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     config = cli.parse(BackboneConfig, arguments)
     check(config)
-    folder = RunFolder.create(config.out, config, config.resume)
+    with RunFolder.begun(config.out, config, config.resume) as folder:
+        make(config, folder)
+
+
+def make(config: BackboneConfig, folder: RunFolder) -> None:
+    """Train, or finish training, in ``folder``, and save the model there."""
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     backbone = build(config, train)
     options = trainer_options(config, folder)

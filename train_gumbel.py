@@ -272,14 +272,14 @@ def main() -> None:
     began = time.time()
     config = cli.parse(GumbelConfig)
     config.check()
-    folder = RunFolder.create(config.out, config, config.resume)
-    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
-    backbone = config.load(config.backbone)
-    trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
-    if config.resume:
-        trainer.restore()
-    trainer.train()
-    conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
+    with RunFolder.begun(config.out, config, config.resume) as folder:
+        tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
+        backbone = config.load(config.backbone)
+        trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
+        if config.resume:
+            trainer.restore()
+        trainer.train()
+        conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
     print(f"\ncost of the plans that were trained and of those executed, validation:\n{markdown(trainer.cost_gap())}")
 
 

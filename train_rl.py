@@ -269,10 +269,10 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
-    folder = RunFolder.create(config.out, config, config.resume)
-    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
-    controller, backbone, tuning = train(config, folder, tracker)
-    conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
+    with RunFolder.begun(config.out, config, config.resume) as folder:
+        tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
+        controller, backbone, tuning = train(config, folder, tracker)
+        conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
 
 
 if __name__ == "__main__":

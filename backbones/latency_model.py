@@ -19,6 +19,7 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
+from backbones.plain_files import MALFORMED, read_json
 
 FEATURES = ("one call", "layers run", "weights read", "linear FLOPs", "attention FLOPs")
 
@@ -71,12 +72,12 @@ class LatencyModel:
             InputError: a missing or unreadable file.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
             weights = tuple(float(weight) for weight in fields["weights"])
             if len(weights) != len(FEATURES) or min(weights) < 0:
                 raise ValueError(f"{len(FEATURES)} non-negative weights expected")
             return cls(str(fields["device"]), str(fields["backbone"]), weights, float(fields["error"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise InputError(f"no readable latency model in {str(path)!r} ({error}); calibrate anew") from error
 
 

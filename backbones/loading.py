@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.families import FAMILIES
+from backbones.plain_files import MALFORMED, read_json
 from backbones.processing import load_processor
 from backbones.tiny import TINY_FOLDER
 
@@ -74,9 +74,11 @@ def _base_of(where: str | Path, name: str) -> str | Path:
     if not isinstance(where, Path) or not (where / "adapter_config.json").is_file():
         return where
     try:
-        base = str(json.loads((where / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError) as error:
-        raise InputError(f"backbone {name!r} has an unreadable adapter_config.json ({error!r})") from error
+        base = str(read_json(where / "adapter_config.json")["base_model_name_or_path"])
+    except MALFORMED as error:
+        raise InputError(
+            f"backbone {name!r} has an unreadable adapter_config.json ({error!r}); save the adapters again"
+        ) from error
     return TINY_FOLDER if base == "tiny" else base
 
 

@@ -133,19 +133,31 @@ class DatasetQueries:
         return RULES[rule].metrics(Answered(texts, scores, kinds, groups, sizes))
 
     def head(self, limit: int | None) -> DatasetQueries:
-        """The first ``limit`` queries, or all."""
-        return self if limit is None or limit >= len(self) else self._only(range(limit))
+        """The first ``limit`` queries, or all.
 
-    def spread(self, limit: int) -> DatasetQueries:
+        Raises:
+            InputError: a limit below 1.
+        """
+        return self if limit is None or self._has_all(limit) else self._only(range(limit))
+
+    def spread(self, limit: int | None) -> DatasetQueries:
         """``limit`` queries, or all where there are fewer: from as many equal stretches one each, always the same.
 
         The place inside a stretch is drawn: a fixed step would meet the same kind of question again and again where an
         image's questions come in a fixed order.
+
+        Raises:
+            InputError: a limit below 1.
         """
-        if limit >= len(self):
+        if limit is None or self._has_all(limit):
             return self
         inside = np.random.default_rng(0).random(limit)
         return self._only(((np.arange(limit) + inside) * (len(self) / limit)).astype(int).tolist())
+
+    def _has_all(self, limit: int) -> bool:
+        if limit < 1:
+            raise InputError(f"limit is {limit}; it must be at least 1")
+        return limit >= len(self)
 
     def _only(self, numbers: Sequence[int]) -> DatasetQueries:
         part = object.__new__(DatasetQueries)
@@ -263,8 +275,6 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; it must be at least 1")
     whole = not Path(data).exists() and "+" in data
     parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
     if len(parts) > 1:

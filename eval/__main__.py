@@ -213,7 +213,7 @@ class Elasticity(cli.Placement):
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         backbone = self.load(self.backbone)
         train, test = (load_queries(self.data, split) for split in ("train", "test"))
-        test = test.spread(self.limit or len(test))
+        test = test.spread(self.limit)
         bank = EncodingBank(backbone, test)
         kinds = elasticity.accuracy_by_kind(backbone, bank, test)
         question_only = float(question_only_accuracy(train, test, seed=self.seed).mean())
@@ -297,7 +297,7 @@ Command = (
 
 
 def main() -> None:
-    tyro.cli(Command, prog="python -m eval", description=__doc__).run()
+    cli.read_options(Command, prog="python -m eval", description=__doc__).run()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +14,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
-import yaml
 
 from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
-from eval.runs import RunFolder, write_atomically
+from backbones.plain_files import read_yaml
+from eval.runs import RunFolder, check_parent, write_atomically
 
 ConfigT = TypeVar("ConfigT")
 
@@ -49,52 +52,118 @@ def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> Conf
     With ``--resume`` they go over the options that the run in ``--out`` was begun with.
 
     Raises:
-        InputError: a YAML file that is missing, unreadable, or has unknown options.
+        InputError: an unknown option or a value that it does not take, on the command line or in the YAML file; a YAML
+            file that is missing or unreadable.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    defaults: dict[str, Any] = {}
+    given: list[str] = []
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):
             raise InputError("--config needs the path of a YAML file")
-        defaults = _read_yaml(Path(arguments[place + 1]), config)
+        file = Path(arguments[place + 1])
+        given = _as_arguments(_read_yaml(file), config, str(file))
         del arguments[place : place + 2]
-    options: Any = tyro.cli(config, args=arguments, default=config(**defaults))
+    options: Any = read_options(config, [*given, *arguments])
     if getattr(options, "resume", False) and RunFolder(options.out).is_run():
-        begun = _fields(RunFolder(options.out).config(), config, str(options.out))
-        options = tyro.cli(config, args=arguments, default=config(**{**begun, **defaults}))
+        begun = _as_arguments(RunFolder(options.out).config(), config, str(options.out))
+        options = read_options(config, [*begun, *given, *arguments])
     return options
 
 
-def _read_yaml(path: Path, config: Any) -> dict[str, Any]:
+def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any) -> Any:
+    """Options of a dataclass, or of one of several commands, from the command line.
+
+    Args:
+        config: what ``tyro.cli`` takes.
+        arguments: by default those of this process.
+        **how: of ``tyro.cli``.
+
+    Raises:
+        InputError: an unknown option, a value that it does not take, a number that is none (``nan``, ``inf``), or a seed
+            that NumPy does not take.
+    """
+    said = io.StringIO()
     try:
-        fields = yaml.safe_load(path.read_text())
+        with contextlib.redirect_stderr(said):
+            options = tyro.cli(config, args=arguments, **how)
+    except SystemExit as stopped:
+        if not stopped.code:  # --help
+            raise
+        raise InputError(f"{_first_paragraph(said.getvalue())}; --help lists the options") from None
+    for name, value in vars(options).items():
+        _check_numbers(f"--{name.replace('_', '-')}", value, of_seeds=name in ("seed", "seeds"))
+    return options
+
+
+def _first_paragraph(boxed: str) -> str:
+    """What is wrong, without the frame around it and the advice below it."""
+    lines = [line.strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
+    lines = [line for line in lines if line][1:]  # the first is a title
+    end = next((place for place, line in enumerate(lines) if not line.strip("─")), len(lines))
+    return " ".join(" ".join(lines[:end]).split()).rstrip(".")
+
+
+def _check_numbers(option: str, value: Any, of_seeds: bool) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise InputError(f"{option} is {number}; it must be a finite number")
+        if of_seeds and not 0 <= number < 2**32:
+            raise InputError(f"{option} is {number}; a seed must be at least 0, and below 2^32")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        fields = read_yaml(path)
     except FileNotFoundError as error:
-        raise InputError(f"config {str(path)!r} does not exist") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {str(path)!r} is not readable YAML") from error
+        raise InputError(f"config {str(path)!r} does not exist; name a YAML file of options") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"config {str(path)!r} is not readable YAML ({error}); mend it, or name another") from error
     if not isinstance(fields, dict):
-        raise InputError(f"config {str(path)!r} must hold a mapping of options")
-    return _fields(fields, config, str(path))
+        raise InputError(f"config {str(path)!r} must hold a mapping of options, as in `seed: 1`")
+    return fields
 
 
-def _fields(fields: dict[str, Any], config: Any, where: str) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(config)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise InputError(f"config {where!r} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+def _as_arguments(fields: dict[str, Any], config: Any, where: str) -> list[str]:
+    """A file's options as the command line would have them: what they take is said in one place.
+
+    Raises:
+        InputError: an unknown option, or a value that it does not take; the message names the file.
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in fields:
+        if name not in known:
+            raise InputError(f"config {where!r} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
+    arguments: list[str] = []
+    for name, value in fields.items():
+        option = name.replace("_", "-")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list) for item in values):  # maybe of immense length: aliases of aliases
+            raise InputError(f"config {where!r} has a mapping or nested lists as {name}; give a value or a flat list")
+        if isinstance(value, bool):
+            own = [f"--{option}" if value else f"--no-{option}"]
+        else:
+            own = [f"--{option}", *map(str, values)]
+        try:
+            read_options(config, own)
+        except InputError as error:
+            raise InputError(f"config {where!r} has {name}: {value!r} ({error})") from error
+        arguments += own
+    return arguments
 
 
 def check_output(option: str, path: Path | None) -> None:
     """Before the work, not after it.
 
     Raises:
-        InputError: a file that cannot be written for want of a folder.
+        InputError: a file that cannot be written: it has no folder, or a folder that may not be written to.
     """
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         problem = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r} to lie in"
         raise InputError(f"{option} {str(path)!r} {problem}; name a file in a folder that exists")
+    check_parent(path)
 
 
 def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import yaml
 
 from backbones.errors import InputError
+from backbones.plain_files import parse_json, read_yaml
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
@@ -41,7 +45,7 @@ class RunFolder:
 
         Raises:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
-                or by a run of another config.
+                or by a run of another config; or nothing can be written there.
         """
         folder = cls(path)
         fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
@@ -59,11 +63,38 @@ class RunFolder:
                     f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
                 )
             return folder
-        folder.path.mkdir(parents=True, exist_ok=True)
-        (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
-        (folder.path / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
-        (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        check_parent(folder.path)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+            (folder.path / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+            (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        except OSError as error:
+            raise cannot_write(folder.path, error) from error
         return folder
+
+    @classmethod
+    @contextmanager
+    def begun(cls, path: Path | str, config: Any, resume: bool = False) -> Iterator[RunFolder]:
+        """``create`` for the time of a training. Bad input that ends it before its first line of metrics leaves nothing
+        behind, so that the mended command finds the place free.
+
+        Raises:
+            InputError: as ``create``.
+        """
+        missing = [place for place in (Path(path), *Path(path).parents) if not place.exists()]
+        new = not cls(path).is_run()
+        folder = cls.create(path, config, resume)
+        try:
+            yield folder
+        except InputError:
+            if new and not folder.checkpoints.exists() and not folder.metrics():
+                for entry in folder.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                with suppress(OSError):  # a folder that others use by now
+                    for place in missing:
+                        place.rmdir()
+            raise
 
     def is_run(self) -> bool:
         return (self.path / "config.yaml").is_file()
@@ -77,11 +108,13 @@ class RunFolder:
         if not self.is_run():
             raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
         try:
-            fields = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{str(self.path / 'config.yaml')!r} is not readable YAML") from error
+            fields = read_yaml(self.path / "config.yaml")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{str(self.path / 'config.yaml')!r} is not readable YAML ({error}); restore it, or name another run"
+            ) from error
         if not isinstance(fields, dict):
-            raise InputError(f"{str(self.path / 'config.yaml')!r} must hold a mapping of options")
+            raise InputError(f"{str(self.path / 'config.yaml')!r} must hold a mapping of options; restore it")
         return fields
 
     @property
@@ -126,7 +159,15 @@ class RunFolder:
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         file = self.path / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines: list[dict[str, Any]] = []
+        try:
+            for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+                lines.append(parse_json(line))
+                if not isinstance(lines[-1], dict):
+                    raise ValueError(f"an object expected, {line[:40]!r} found")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{str(file)!r}, line {len(lines) + 1} is no metrics ({error}); remove it") from error
+        return lines
 
     def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -136,10 +177,40 @@ class RunFolder:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    """Write a file so that a crash leaves the old one or the new one, never half of one.
+
+    Raises:
+        InputError: a place where it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to say of a place that nothing can be written to."""
+    return InputError(
+        f"{str(path)!r} cannot be written ({error.strerror or error}); make room, or choose another place"
+    )
+
+
+def check_parent(path: Path) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        InputError: a path whose nearest folder is a file, or may not be written to.
+    """
+    try:
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        raise InputError(f"output {str(path)!r} cannot be made ({error}); choose another place") from error
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        problem = "may not be written to" if nearest.is_dir() else "is a file"
+        raise InputError(f"output {str(path)!r} cannot be made: {str(nearest)!r} {problem}; choose another place")
 
 
 def environment() -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Tune(cli.Placement):
         cli.check_output("--json", self.json)
         policies = self.policies or read_grid(self.grid)
         backbone, queries = self.load(self.backbone), load_queries(self.data, self.split)
-        bank = EncodingBank(backbone, queries if self.limit is None else queries.spread(self.limit))
+        bank = EncodingBank(backbone, queries.spread(self.limit))
         records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed)
         for policy, reason in left_out.items():
             print(f"{policy} is left out: {reason}")

@@ -17,6 +17,7 @@ from backbones.errors import InputError
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch, load_backbone
+from backbones.plain_files import MALFORMED, read_json
 from eval.evaluate import Record, check_budgets
 from eval.runs import RunFolder, environment, write_atomically
 from eval.timing import how_to_calibrate, load_latency_model
@@ -322,9 +323,9 @@ def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
             f"{DESCRIPTION}); give the path of one of these, or a hub id"
         )
     try:
-        described = json.loads(file.read_text())
+        described = read_json(file)
         name, options = str(described["backbone"]), dict(described["backbone_options"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
     return str(folder / MODEL) if name == MODEL else name, options
 
@@ -332,4 +333,10 @@ def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
 def _records(folder: Path) -> list[Record]:
     """What a run has measured at its end, if it has come to it."""
     file = folder / RECORDS
-    return json.loads(file.read_text()) if file.is_file() else []
+    try:
+        records = read_json(file) if file.is_file() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} is not readable ({error}); restore or remove it") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{str(file)!r} must hold a list of records; restore or remove it")
+    return records

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.fingerprint import fingerprint
 from backbones.masks import Masks
+from backbones.plain_files import MALFORMED, read_json
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
 from policies.baselines import Planner
 from policies.controller import ControllerConfig, TwoLevelController
@@ -88,12 +88,12 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
             weights.
     """
     try:
-        sizes: dict[str, Any] = json.loads((folder / SIZES).read_text())
+        sizes: dict[str, Any] = read_json(folder / SIZES)
         make_config, make = _KINDS[sizes.pop("kind", "two-level")]
         made_for = sizes.pop(MADE_FOR, None)
         config = make_config(**sizes)
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except MALFORMED as error:
         raise InputError(f"no readable controller in {str(folder)!r} ({error}); is it a finished run?") from error
     layout = backbone.layout
     sizes = {"tokens": layout.tokens, "layers": layout.layers, "heads": layout.heads, "hidden": backbone.hidden}

@@ -13,6 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
+from backbones.plain_files import MALFORMED, read_json
 from envs import load_queries
 from envs.queries import DatasetQueries
 from eval import cli
@@ -154,11 +155,13 @@ class Experiment(cli.Placement):
             records, left_out = evaluate_settings(settings, backbone, bank, self.budgets)
             found = {"best": best_settings(records), "left_out": left_out, "records": records}
             write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
-        return json.loads(file.read_text())["best"]
+        try:
+            return {str(baseline): str(setting) for baseline, setting in read_json(file)["best"].items()}
+        except MALFORMED as error:
+            raise cli.InputError(f"{str(file)!r} cannot be read ({error!r}); remove it to tune again") from error
 
     def _queries(self) -> DatasetQueries:
-        queries = load_queries(self.data, "test")
-        return queries.spread(self.test_queries or len(queries))
+        return load_queries(self.data, "test").spread(self.test_queries)
 
     def _each(
         self, missing: Sequence[Cell], cells: Sequence[Cell], backbone: Backbone, queries: DatasetQueries
@@ -202,7 +205,7 @@ def read_head(file: Path) -> dict[str, Any]:
         InputError: an unreadable file.
     """
     try:
-        head = json.loads(file.read_text())
+        head = read_json(file)
     except (OSError, ValueError) as error:
         raise cli.InputError(f"{str(file)!r} cannot be read ({error}); choose another --out") from error
     if not isinstance(head, dict):

@@ -17,6 +17,7 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
+from backbones.plain_files import MALFORMED, read_json
 from policies.projection import project
 
 
@@ -58,13 +59,13 @@ class SearchedOrder:
             InputError: a missing or unreadable file.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
             order = [[int(number) for number in unit] for unit in fields.pop("order")]
             layout = tuple(int(size) for size in fields.pop("layout"))
             if len(layout) != 3:
                 raise ValueError("a layout has three sizes")
             return cls(order=order, layout=layout, **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise InputError(
                 f"no readable plan in {str(path)!r} ({error}); make one with: python -m eval search-static --out FILE"
             ) from error
