@@ -106,6 +106,7 @@ def check(config: BackboneConfig) -> None:
         ),
         ("learning_rate", 0 < config.learning_rate < math.inf, "a positive number"),
         ("muon_rate", 0 <= (config.muon_rate or 0) < math.inf, "a number, 0 or more"),
+        *((name, getattr(config, name) >= 0, "at least 0") for name in ("lora_rank", "vision_steps", "warmup")),
         ("plain_share", 0 <= config.plain_share <= 1, "between 0 and 1"),
         ("budgets", 0 < config.budgets[0] <= config.budgets[1] <= 1, "two shares with 0 < lower <= upper <= 1"),
     ]
@@ -116,6 +117,8 @@ def check(config: BackboneConfig) -> None:
             raise InputError(f"{option} {verb} {getattr(config, name)}; it must be {expected}")
     if config.lora_rank and config.backbone == "scratch":
         raise InputError("--lora-rank needs a trained model to adapt; name one with --backbone")
+    if config.merge and not config.lora_rank:
+        raise InputError("--merge has no effect without adapters; leave it out, or give --lora-rank")
     if config.lora_rank and config.muon_rate:
         raise InputError(f"--muon-rate {config.muon_rate:g} has no effect on adapters; leave it out")
 

@@ -6,6 +6,7 @@ Shape legend: B plans, F features.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class LatencyModel:
         try:
             fields = read_json(path)
             weights = tuple(float(weight) for weight in fields["weights"])
-            if len(weights) != len(FEATURES) or min(weights) < 0:
+            if len(weights) != len(FEATURES) or not all(0 <= weight < math.inf for weight in weights):
                 raise ValueError(f"{len(FEATURES)} non-negative weights expected")
             return cls(str(fields["device"]), str(fields["backbone"]), weights, float(fields["error"]))
         except MALFORMED as error:

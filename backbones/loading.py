@@ -42,6 +42,9 @@ def load_backbone(
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
     check_placement(dtype, device)
+    if looks_local and not folder.expanduser().is_dir():
+        problem = "it is a file" if folder.exists() else "there is no such folder"
+        raise InputError(f"backbone {name!r} could not be read ({problem}); check the folder")
     adapters = where
     where = _base_of(where, name)
     try:

@@ -7,6 +7,7 @@ that remembers gives ``state()`` and takes ``load_state()``, JSON data, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -188,9 +189,11 @@ def _parse(spec: str) -> tuple[str, float, Reward]:
     weight_text, star, name = spec.rpartition("*")
     try:
         weight = float(weight_text) if star else 1.0
+        if not math.isfinite(weight):
+            raise ValueError(weight)
     except ValueError as error:
         raise InputError(
-            f"reward {spec!r}: the weight {weight_text!r} is not a number; write e.g. 0.5*{name}"
+            f"reward {spec!r}: the weight {weight_text!r} is not a number that is finite; write e.g. 0.5*{name}"
         ) from error
     if name in REWARDS:
         return name, weight, REWARDS[name]

@@ -26,6 +26,7 @@ from eval.scale_out import ScaleOut
 from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 from eval.tune import Tune
+from policies.keep import check_share
 
 
 @dataclass
@@ -107,6 +108,8 @@ class Run(cli.Placement):
         if not self.policies:
             raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m eval run full")
         check_budgets(self.budgets)
+        for share in self.keep:
+            check_share(share)
         if self.keep and self.milliseconds:
             raise cli.InputError("--keep and --milliseconds both stand in place of --budgets; give one of them")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -276,6 +279,8 @@ class Bench(cli.Placement):
 
     def run(self) -> None:
         cli.check_output("--json", self.json)
+        if not self.parts:
+            raise cli.InputError("--parts is empty; name what to measure: env, engine, data")
         entries = bench(self.load(self.backbone), self.data, self.parts, self.shape)
         print(bench_table(entries))
         cli.write_json(self.json, entries)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ import tyro
 from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
 from backbones.plain_files import read_yaml
-from eval.runs import RunFolder, check_parent, write_atomically
+from eval.runs import RunFolder, check_place, write_atomically
 
 ConfigT = TypeVar("ConfigT")
+
+FRAME, RULE = str.maketrans(dict.fromkeys("│╭╮╰╯", " ")), re.compile("[─-]{10,}")
+"""What tyro draws around messages, and between their paragraphs."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,8 +84,8 @@ def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any
         **how: of ``tyro.cli``.
 
     Raises:
-        InputError: an unknown option, a value that it does not take, a number that is none (``nan``, ``inf``), or a seed
-            that NumPy does not take.
+        InputError: an unknown option, a value that it does not take, a number that is not finite, or a seed that NumPy does not
+            take.
     """
     said = io.StringIO()
     try:
@@ -96,12 +100,10 @@ def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any
     return options
 
 
-def _first_paragraph(boxed: str) -> str:
-    """What is wrong, without the frame around it and the advice below it."""
-    lines = [line.strip("│╭╮╰╯ \n") for line in boxed.splitlines()]
-    lines = [line for line in lines if line][1:]  # the first is a title
-    end = next((place for place, line in enumerate(lines) if not line.strip("─")), len(lines))
-    return " ".join(" ".join(lines[:end]).split()).rstrip(".")
+def _first_paragraph(framed: str) -> str:
+    """What is wrong, without the title and the frame around it and the advice below it."""
+    _, told, *_ = RULE.split(" ".join(framed.translate(FRAME).split()))
+    return told.partition("Got errors:")[0].strip(" .")
 
 
 def _check_numbers(option: str, value: Any, of_seeds: bool) -> None:
@@ -160,10 +162,10 @@ def check_output(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
+    check_place(path)
     if path.is_dir() or not path.parent.is_dir():
         problem = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r} to lie in"
         raise InputError(f"{option} {str(path)!r} {problem}; name a file in a folder that exists")
-    check_parent(path)
 
 
 def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:

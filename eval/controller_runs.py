@@ -103,6 +103,8 @@ class ControllerRunConfig(Placement):
         if self.initial_plan is not None and self.init_from is not None:
             raise InputError("--initial-plan has no effect on a controller that --init-from gives; leave one out")
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
+        if self.test_queries is not None:
+            self.check_at_least_one("test_queries")
         if not 0 <= self.initial_spread < 1000:
             raise InputError(f"--initial-spread is {self.initial_spread:g}; it must be at least 0, and below 1000")
         for name in ("learning_rate", "tune_rate"):
@@ -189,12 +191,18 @@ class RunJournal:
         self.tracker.log(queries, metrics)
 
     def validate(self, queries: int, controller: Controller) -> None:
-        """A line with accuracy and FLOPs on the validation split at each budget."""
+        """A line with accuracy and FLOPs on the validation split at each budget.
+
+        Raises:
+            InputError: no budget can be met.
+        """
         self.clock.pause()
         training = controller.training
         planner = planner_of(controller, self.backbone, self.name)
         budgets = self.config.test_budgets
-        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
+        found, gaps = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
+        if not found:
+            raise InputError(f"--test-budgets has none that can be met: {next(iter(gaps.values()))}")
         records = [outcome.record for outcome in found]
         controller.train(training)
         kept = ("accuracy", "llm_flops_ratio", "budget_violations")

@@ -114,7 +114,16 @@ def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
         )
     function, _, options = options.partition(":")
     make = import_dotted(f"{name}:{function}", f"policy {base!r}", "a function or class of backbone and seed")
-    return make(backbone, seed, **parse_options(make, f"policy {base!r}", options, GIVEN))
+    try:
+        planner = make(backbone, seed, **parse_options(make, f"policy {base!r}", options, GIVEN))
+    except InputError:
+        raise
+    except Exception as error:  # the user's own code: whatever it raises, say which policy it was
+        raise InputError(f"policy {base!r} could not be made ({type(error).__name__}: {error}); mend it") from error
+    lacks = [part for part in ("name", "budgeted", "plan", "controller_flops") if not hasattr(planner, part)]
+    if lacks:
+        raise InputError(f"policy {base!r} is a {type(planner).__name__} without {lacks[0]!r}; see policies.Planner")
+    return planner
 
 
 def load_planners(

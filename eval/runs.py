@@ -47,6 +47,7 @@ class RunFolder:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
                 or by a run of another config; or nothing can be written there.
         """
+        check_place(Path(path))
         folder = cls(path)
         fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
         if folder.path.exists() and not folder.path.is_dir():
@@ -63,7 +64,6 @@ class RunFolder:
                     f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
                 )
             return folder
-        check_parent(folder.path)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
@@ -82,7 +82,7 @@ class RunFolder:
         Raises:
             InputError: as ``create``.
         """
-        missing = [place for place in (Path(path), *Path(path).parents) if not place.exists()]
+        missing = check_place(Path(path))
         new = not cls(path).is_run()
         folder = cls.create(path, config, resume)
         try:
@@ -198,19 +198,23 @@ def cannot_write(path: Path, error: OSError) -> InputError:
     )
 
 
-def check_parent(path: Path) -> None:
-    """Before the work, not after it.
+def check_place(path: Path) -> list[Path]:
+    """The folders, deepest first, that are missing for something to be written there: looked for before the work, not
+    after it.
 
     Raises:
-        InputError: a path whose nearest folder is a file, or may not be written to.
+        InputError: a path that cannot be, or whose nearest folder is a file or may not be written to.
     """
     try:
-        nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
-        raise InputError(f"output {str(path)!r} cannot be made ({error}); choose another place") from error
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        missing = [place for place in (path, *path.parents) if not place.exists()]
+    except (OSError, ValueError) as error:  # a name that is too long, say, or has a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"output {str(path)!r} cannot be made ({reason}); choose another place") from error
+    nearest = missing[-1].parent if missing else path
+    if missing and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         problem = "may not be written to" if nearest.is_dir() else "is a file"
         raise InputError(f"output {str(path)!r} cannot be made: {str(nearest)!r} {problem}; choose another place")
+    return missing
 
 
 def environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,7 @@ def said(error: str) -> list[str]:
 
 def check_line(line: Line, monkeypatch, capsys, watched: Path, places: dict[str, object]) -> str:
     """Run a command as from the shell, in a fresh folder: status 2, one line with the words, and nothing written."""
-    own = watched / "here"
-    own.mkdir(exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=watched))
     monkeypatch.chdir(own)
     before = snapshot(watched)
     program, *arguments = [part.replace("~", " ").format(**places) for part in line.command.split()]
