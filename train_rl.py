@@ -23,7 +23,7 @@ from envs.sb3_env import info_columns
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
 from eval.runs import RunFolder
-from eval.timing import load_latency_model
+from eval.timing import how_to_calibrate, load_latency_model
 from eval.tracking import Tracker
 from policies.checkpoints import (
     load_checkpoint,
@@ -86,6 +86,10 @@ class RLConfig(ControllerRunConfig):
         if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
             why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
             raise cli.InputError(f"--workers is {self.workers}; {why}")
+        if self.latency_model is None and "latency" in [part.rpartition("*")[2] for part in self.reward]:
+            raise cli.InputError(
+                f"--reward latency needs --latency-model FILE; make one with: {how_to_calibrate(self.backbone)}"
+            )
         if not self.clip_range > 0 or self.entropy < 0:
             raise cli.InputError(
                 f"--clip-range {self.clip_range:g} must be above 0, --entropy {self.entropy:g} at least 0"

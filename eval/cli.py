@@ -84,8 +84,8 @@ def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any
         **how: of ``tyro.cli``.
 
     Raises:
-        InputError: an unknown option, a value that it does not take, a number that is not finite, or a seed that NumPy does not
-            take.
+        InputError: an unknown option, a value that it does not take, a number that is not finite, or a seed
+            that NumPy does not take.
     """
     said = io.StringIO()
     try:

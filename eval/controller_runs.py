@@ -23,6 +23,7 @@ from policies.controller import ControllerConfig, TwoLevelController
 from policies.even import EvenPlanner
 from policies.layout import LaidOutPlanner
 from policies.learned import Controller, load_controller, planner_of, save_controller
+from policies.projection import least_share
 from policies.static.searched import SearchedOrder
 
 if TYPE_CHECKING:
@@ -179,9 +180,24 @@ class RunJournal:
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
+        self._check_reach()
         self.lines = 0
         self.clock = TrainingClock(backbone.device)
         self.next_validation, self.next_checkpoint = config.validate_every, 0
+
+    def _check_reach(self) -> None:
+        """Before the training, not after it.
+
+        Raises:
+            InputError: test budgets that are all below what the smallest plan costs, by the first queries.
+        """
+        encoding = self.validation.gather_valid(range(min(8, len(self.validation))))[0]
+        if encoding is None:
+            return
+        least = float(least_share(self.backbone, encoding, axes=check_axes(self.config.axes)).min())
+        if max(self.config.test_budgets) < least:
+            given = " ".join(f"{budget:g}" for budget in self.config.test_budgets)
+            raise InputError(f"--test-budgets {given} can never be met; the least budget here is {least:.4f}")
 
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
         """One line of metrics after so many answered plans."""
@@ -191,18 +207,12 @@ class RunJournal:
         self.tracker.log(queries, metrics)
 
     def validate(self, queries: int, controller: Controller) -> None:
-        """A line with accuracy and FLOPs on the validation split at each budget.
-
-        Raises:
-            InputError: no budget can be met.
-        """
+        """A line with accuracy and FLOPs on the validation split at each budget."""
         self.clock.pause()
         training = controller.training
         planner = planner_of(controller, self.backbone, self.name)
         budgets = self.config.test_budgets
-        found, gaps = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
-        if not found:
-            raise InputError(f"--test-budgets has none that can be met: {next(iter(gaps.values()))}")
+        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
         records = [outcome.record for outcome in found]
         controller.train(training)
         kept = ("accuracy", "llm_flops_ratio", "budget_violations")

@@ -82,7 +82,8 @@ def check_line(line: Line, monkeypatch, capsys, watched: Path, places: dict[str,
     assert caught.value.code == 2
     assert len(errors) == 1 and errors[0].startswith("error: ") and len(errors[0]) < LINE_LIMIT, errors
     assert line.words.format(**places) in errors[0], errors[0]
-    assert snapshot(watched) == before
+    after = snapshot(watched)
+    assert after == before, sorted(after.items() ^ before.items())
     return errors[0]
 
 

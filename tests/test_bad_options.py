@@ -77,7 +77,7 @@ TRAININGS = [
             ("0", "budget 0 is outside"),
             ("-1", "budget -1 is outside"),
             ("50%", "50%"),
-            ("1e-9", "the least budget"),
+            ("1e-9", "--test-budgets 1e-09 can never be met; the least budget here is 0."),
         )
     ),
     # words
@@ -104,7 +104,7 @@ TRAININGS = [
             ("--reward :", "reward ':' cannot be imported"),
             ("--reward os:", "reward 'os:' cannot be imported"),
             ("--reward :accuracy", "cannot be imported"),
-            ("--reward latency", "there is no latency model; calibrate"),
+            ("--reward latency", "--reward latency needs --latency-model FILE"),
             ("--latency-model {desk}/text.json", "text.json"),
             ("--initial-plan {desk}/other-plan.json", "is for (tokens, layers, heads) = (64, 6, 4)"),
             ("--initial-plan {desk}/order.json", "no readable plan"),
