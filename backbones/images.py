@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from backbones.errors import InputError
 
@@ -29,7 +29,7 @@ def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = m
             return opened.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"{called} does not exist") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders meet what they do not expect, and raise many kinds
         raise InputError(f"{called} cannot be decoded ({error}); replace or remove it") from error
     raise InputError(
         f"{called} has {width:,} x {height:,} pixels; at most {most_pixels / 1e6:g} million are taken: scale it down"

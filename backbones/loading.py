@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ def load_backbone(
             isn't there.
     """
     folder = TINY_FOLDER if name == "tiny" else Path(name)
-    looks_local = name == "tiny" or folder.exists() or name.startswith((".", "/", "~"))
+    looks_local = name == "tiny" or os.path.exists(folder) or name.startswith((".", "/", "~"))
     where: str | Path = folder if looks_local else name
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
     check_placement(dtype, device)
-    if looks_local and not folder.expanduser().is_dir():
-        problem = "it is a file" if folder.exists() else "there is no such folder"
+    if looks_local and not os.path.isdir(folder.expanduser()):
+        problem = "it is a file" if os.path.isfile(folder) else "there is no such folder"
         raise InputError(f"backbone {name!r} could not be read ({problem}); check the folder")
     adapters = where
     where = _base_of(where, name)
@@ -99,8 +100,8 @@ def check_placement(dtype: torch.dtype, device: torch.device | str) -> None:
     Raises:
         InputError: naming it.
     """
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype is {dtype!r}; it must be a torch dtype, such as torch.float32")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; it must be a torch dtype of floating point, such as torch.float32")
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

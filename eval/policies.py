@@ -9,9 +9,9 @@ prumerge+ then runs/rl       a token step, then a controller for the language mo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
@@ -38,7 +38,7 @@ def backbone_of(policies: Sequence[str], backbone: str | None) -> str:
     if backbone is not None:
         return backbone
     parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
-    runs = [RunFolder(part) for part in parts if part not in BASELINES and Path(part).exists()]
+    runs = [RunFolder(part) for part in parts if part not in BASELINES and os.path.exists(part)]
     names = sorted({run.backbone() for run in runs})
     if len(names) > 1:
         raise InputError(f"the runs are for different backbones ({', '.join(names)}); evaluate them one by one")

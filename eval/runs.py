@@ -64,8 +64,8 @@ class RunFolder:
                     f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
                 )
             return folder
+        make_folder(folder.path)
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
             (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
             (folder.path / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
             (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
@@ -97,7 +97,7 @@ class RunFolder:
             raise
 
     def is_run(self) -> bool:
-        return (self.path / "config.yaml").is_file()
+        return os.path.isfile(self.path / "config.yaml")
 
     def config(self) -> dict[str, Any]:
         """The resolved config that the run was begun with.
@@ -215,6 +215,19 @@ def check_place(path: Path) -> list[Path]:
         problem = "may not be written to" if nearest.is_dir() else "is a file"
         raise InputError(f"output {str(path)!r} cannot be made: {str(nearest)!r} {problem}; choose another place")
     return missing
+
+
+def make_folder(path: Path) -> None:
+    """A folder, with those above it, if there is none.
+
+    Raises:
+        InputError: a place where it cannot be.
+    """
+    check_place(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def environment() -> dict[str, Any]:

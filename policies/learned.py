@@ -109,9 +109,12 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
             f"the controller in {str(folder)!r} was trained for other weights (fingerprint {made_for}) than those of "
             f"backbone {backbone.name!r} ({here}); name the backbone that it was trained on, or train one for this"
         )
-    controller = make(config)
     try:
+        controller = make(config)
         controller.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}") from error
+    except (RuntimeError, *MALFORMED) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(
+            f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES} ({reason}); restore both, or train again"
+        ) from error
     return controller

@@ -22,7 +22,7 @@ from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
-from eval.runs import cannot_write, check_place, environment, write_atomically
+from eval.runs import check_place, environment, make_folder, write_atomically
 from eval.search_static import search
 from eval.tune import GRID, best_settings, evaluate_settings, read_grid
 from policies.static.search import SearchSettings
@@ -134,10 +134,7 @@ class Experiment(cli.Placement):
         return head
 
     def _begin(self, head: dict[str, Any]) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.out, error) from error
+        make_folder(self.out)
         write_atomically(self.out / HEAD, (json.dumps(head, indent=2) + "\n").encode())
 
     def _search(self, backbone: Backbone) -> Path:
