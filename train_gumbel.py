@@ -30,6 +30,7 @@ from policies.checkpoints import (
     random_state,
     restore_optimizer,
     restore_random_state,
+    restoring,
     save_checkpoint,
 )
 from policies.controller import TwoLevelController
@@ -277,7 +278,8 @@ def main() -> None:
         backbone = config.load(config.backbone)
         trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
         if config.resume:
-            trainer.restore()
+            with restoring(folder.checkpoints):
+                trainer.restore()
         trainer.train()
         conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
     print(f"\ncost of the plans that were trained and of those executed, validation:\n{markdown(trainer.cost_gap())}")

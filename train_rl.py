@@ -31,6 +31,7 @@ from policies.checkpoints import (
     random_state,
     restore_optimizer,
     restore_random_state,
+    restoring,
     save_checkpoint,
 )
 from policies.controller import TwoLevelController
@@ -257,7 +258,8 @@ def train(
     journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl")
     callback = RunCallback(config, journal, venv)
     if config.resume:
-        callback.restore(model)
+        with restoring(folder.checkpoints):
+            callback.restore(model)
     remaining = config.total_queries - model.num_timesteps
     if remaining > 0:
         try:

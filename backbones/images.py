@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from backbones.errors import InputError
 
@@ -23,12 +23,16 @@ def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = m
         InputError: no such file, one that cannot be decoded, or one that is too large.
     """
     try:
-        opened = Image.open(file)
-        width, height = opened.size
-        if width * height <= most_pixels:
-            return opened.convert("RGB")
+        with Image.open(file) as opened:
+            width, height = opened.size
+            if width * height <= most_pixels:
+                return opened.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"{called} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{called} cannot be decoded (it is in no known image format); replace or remove it"
+        ) from error
     except Exception as error:  # decoders meet what they do not expect, and raise many kinds
         raise InputError(f"{called} cannot be decoded ({error}); replace or remove it") from error
     raise InputError(

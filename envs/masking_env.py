@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import gymnasium
@@ -60,11 +59,11 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
         if unknown:
             raise InputError(f"reset has no option {next(iter(unknown))!r}; it takes query and budget")
         if query is not None:
-            if not isinstance(query, Integral) or not 0 <= query < len(self.core.source):
+            if not isinstance(query, int | np.integer) or not 0 <= query < len(self.core.source):
                 raise InputError(f"query number {query} does not exist; the source has {len(self.core.source)} queries")
             self._number = int(query)
         if budget is not None:
-            if not isinstance(budget, Real) or not 0 < budget <= 1:
+            if not isinstance(budget, int | float | np.floating) or not 0 < budget <= 1:
                 raise InputError(f"budget {budget} is outside (0, 1]; a budget is a share of the full plan's LLM FLOPs")
             self._budget = np.float32(budget)
 

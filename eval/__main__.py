@@ -86,19 +86,19 @@ class Run(cli.Placement):
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
         records: list[Record] = []
-        reasons: list[str] = []
+        left_out: dict[str, str] = {}
         how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict}
         for planner in planners:
             found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed, **how)
-            for budget, reason in gaps.items():
-                print(f"{planner.name} at {budget:g} is left out: {reason}", file=sys.stderr)
-            reasons += gaps.values()
+            left_out |= {f"{planner.name} at {budget:g}": reason for budget, reason in gaps.items()}
             own = [outcome.record for outcome in found]
             if self.timing:
                 add_timing(planner, backbone, first_queries(bank, self.timing), own)
             records += own
         if not records:
-            raise cli.InputError(reasons[0])
+            raise cli.InputError(next(iter(left_out.values())))
+        for planned, reason in left_out.items():
+            print(f"{planned} is left out: {reason}", file=sys.stderr)
         print(report.tables(records))
         cli.write_json(self.json, records)
         if self.plot is not None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
@@ -46,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # not behind an unfinished bar
         raise SystemExit(2) from None
 
 

@@ -17,6 +17,7 @@ from eval.cli import Placement
 from eval.clock import TrainingClock, throughput
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.runs import RunFolder
+from eval.timing import first_queries
 from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
 from policies.controller import ControllerConfig, TwoLevelController
@@ -189,11 +190,10 @@ class RunJournal:
         """Before the training, not after it.
 
         Raises:
-            InputError: test budgets that are all below what the smallest plan costs, by the first queries.
+            InputError: test budgets that are all below what the smallest plan costs, by the first queries; or no query
+                that works.
         """
-        encoding = self.validation.gather_valid(range(min(8, len(self.validation))))[0]
-        if encoding is None:
-            return
+        encoding = self.backbone.encode(first_queries(self.validation, 8))
         least = float(least_share(self.backbone, encoding, axes=check_axes(self.config.axes)).min())
         if max(self.config.test_budgets) < least:
             given = " ".join(f"{budget:g}" for budget in self.config.test_budgets)

@@ -184,6 +184,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if path.exists() and not path.is_file():  # /dev/stdout, say, is written to, not put another file in its place
+            path.write_bytes(content)
+            return
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:

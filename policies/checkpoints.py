@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backbones.errors import InputError
+from backbones.plain_files import MALFORMED, read_json
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> None:
@@ -39,10 +42,29 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     if not found:
         return None
     try:
-        return load_file(found[-1] / "tensors.safetensors"), json.loads((found[-1] / "state.json").read_text())
+        return load_file(found[-1] / "tensors.safetensors"), read_json(found[-1] / "state.json")
     except Exception as error:  # safetensors and json raise many kinds
         raise InputError(
             f"checkpoint {str(found[-1])!r} cannot be read ({error}); remove it to use the one before"
+        ) from error
+
+
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """While a checkpoint of ``folder`` is taken up.
+
+    Raises:
+        InputError: what it holds does not fit the run.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, *MALFORMED) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(
+            f"the checkpoint in {str(folder)!r} does not fit this run ({reason}); remove it to use the one before, or "
+            "begin anew"
         ) from error
 
 
