@@ -20,7 +20,7 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
-from backbones.plain_files import MALFORMED, read_json
+from backbones.plain_files import MALFORMED, read_json, write_atomically
 
 FEATURES = ("one call", "layers run", "weights read", "linear FLOPs", "attention FLOPs")
 
@@ -63,7 +63,7 @@ class LatencyModel:
         return features_BF @ torch.tensor(self.weights, dtype=torch.float64, device=features_BF.device)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:

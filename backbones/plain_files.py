@@ -1,4 +1,4 @@
-"""Reading files that anyone may have written: YAML and JSON, and what goes wrong with them."""
+"""Files of plain data: reading what anyone may have written, writing where there may be no room."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
+
+from backbones.errors import InputError
 
 MALFORMED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, SafetensorError)
 """What reading a file raises, and picking values out of it, where it is not what it should be."""
@@ -48,3 +50,28 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("nested too deeply") from error
     except (yaml.YAMLError, TypeError, AttributeError, LookupError, OverflowError) as error:  # its constructors' own
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one.
+
+    Raises:
+        InputError: a place where it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout, say, is written to, not put another file in its place
+            path.write_bytes(content)
+            return
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to say of a place that nothing can be written to."""
+    return InputError(
+        f"{str(path)!r} cannot be written ({error.strerror or error}); make room, or choose another place"
+    )

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from backbones import Backbone, load_backbone
 from backbones.errors import InputError as InputError
-from backbones.plain_files import read_yaml
-from eval.runs import RunFolder, check_place, write_atomically
+from backbones.plain_files import read_yaml, write_atomically
+from eval.runs import RunFolder, check_place
 
 ConfigT = TypeVar("ConfigT")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval.runs import write_atomically
+from backbones.plain_files import write_atomically
 
 Record = dict[str, Any]
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from backbones.errors import InputError
-from backbones.plain_files import parse_json, read_yaml
+from backbones.plain_files import cannot_write, parse_json, read_yaml, write_atomically
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
@@ -88,7 +88,7 @@ class RunFolder:
         try:
             yield folder
         except InputError:
-            if new and not folder.checkpoints.exists() and not folder.metrics():
+            if new and not any(folder.checkpoints.glob("*-*")) and not folder.metrics():
                 for entry in folder.path.iterdir():
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
                 with suppress(OSError):  # a folder that others use by now
@@ -174,31 +174,6 @@ class RunFolder:
 
     def write_result(self, records: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one.
-
-    Raises:
-        InputError: a place where it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        if path.exists() and not path.is_file():  # /dev/stdout, say, is written to, not put another file in its place
-            path.write_bytes(content)
-            return
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """What to say of a place that nothing can be written to."""
-    return InputError(
-        f"{str(path)!r} cannot be written ({error.strerror or error}); make room, or choose another place"
-    )
 
 
 def check_place(path: Path) -> list[Path]:

@@ -18,9 +18,9 @@ from backbones.errors import InputError, check_count
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch, load_backbone
-from backbones.plain_files import MALFORMED, read_json
+from backbones.plain_files import MALFORMED, read_json, write_atomically
 from eval.evaluate import Record, check_budgets
-from eval.runs import RunFolder, environment, make_folder, write_atomically
+from eval.runs import RunFolder, environment, make_folder
 from eval.timing import how_to_calibrate, load_latency_model
 from maskgym.model_card import model_card
 from policies.adapters import save_model

@@ -109,6 +109,12 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
             f"the controller in {str(folder)!r} was trained for other weights (fingerprint {made_for}) than those of "
             f"backbone {backbone.name!r} ({here}); name the backbone that it was trained on, or train one for this"
         )
+    odd = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
+    if odd:
+        raise InputError(
+            f"the weights {odd[0]!r} in {str(folder / WEIGHTS)!r} are of {weights[odd[0]].dtype} or not finite; restore "
+            "the file, or train again"
+        )
     try:
         controller = make(config)
         controller.load_state_dict(weights)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from backbones import Backbone, EncodingBank
+from backbones.plain_files import write_atomically
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
-from eval.runs import RunFolder, write_atomically
+from eval.runs import RunFolder
 from eval.timing import add_timing, first_queries
 
 RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"

@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.plain_files import MALFORMED, read_json
+from backbones.plain_files import MALFORMED, read_json, write_atomically
 from envs import load_queries
 from envs.queries import DatasetQueries
 from eval import cli
@@ -22,7 +22,7 @@ from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
-from eval.runs import check_place, environment, make_folder, write_atomically
+from eval.runs import check_place, environment, make_folder
 from eval.search_static import search
 from eval.tune import GRID, best_settings, evaluate_settings, read_grid
 from policies.static.search import SearchSettings

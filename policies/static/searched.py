@@ -17,7 +17,7 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
-from backbones.plain_files import MALFORMED, read_json
+from backbones.plain_files import MALFORMED, read_json, write_atomically
 from policies.projection import project
 
 
@@ -49,7 +49,7 @@ class SearchedOrder:
         return json.dumps(asdict(self)) + "\n"
 
     def save(self, path: Path) -> None:
-        path.write_text(self.json())
+        write_atomically(path, self.json().encode())
 
     @classmethod
     def load(cls, path: Path) -> SearchedOrder:
