@@ -343,7 +343,8 @@ class Backbone:
         """The plans without the visual tokens that an image does not have.
 
         Raises:
-            InputError: masks of another layout, number of rows, type or device, or a plan without layers or protected ones.
+            InputError: masks of another layout, number of rows, type or device, or a plan without layers or without
+                protected ones.
         """
         layout, rows = self.layout, len(encoding)
         parts = {"(queries, visual tokens)": masks.tokens, "(queries, layers, heads)": masks.heads}

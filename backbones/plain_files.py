@@ -75,3 +75,18 @@ def cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(
         f"{str(path)!r} cannot be written ({error.strerror or error}); make room, or choose another place"
     )
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records in a file: a JSON list of objects.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        records = read_json(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} is not readable ({error}); restore or remove it") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{str(file)!r} must hold a list of records; restore or remove it")
+    return records

@@ -137,22 +137,28 @@ def _as_arguments(fields: dict[str, Any], config: Any, where: str) -> list[str]:
     for name in fields:
         if name not in known:
             raise InputError(f"config {where!r} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
-    arguments: list[str] = []
-    for name, value in fields.items():
-        option = name.replace("_", "-")
-        values = value if isinstance(value, list) else [value]
-        if any(isinstance(item, dict | list) for item in values):  # maybe of immense length: aliases of aliases
-            raise InputError(f"config {where!r} has a mapping or nested lists as {name}; give a value or a flat list")
-        if isinstance(value, bool):
-            own = [f"--{option}" if value else f"--no-{option}"]
-        else:
-            own = [f"--{option}", *map(str, values)]
-        try:
-            read_options(config, own)
-        except InputError as error:
-            raise InputError(f"config {where!r} has {name}: {value!r} ({error})") from error
-        arguments += own
+    spelled = {name: _spelled(name, value, where) for name, value in fields.items()}
+    arguments = [argument for own in spelled.values() for argument in own]
+    try:
+        read_options(config, arguments)
+    except InputError:
+        for name, own in spelled.items():  # which it was
+            try:
+                read_options(config, own)
+            except InputError as error:
+                raise InputError(f"config {where!r} has {name}: {fields[name]!r} ({error})") from error
+        raise
     return arguments
+
+
+def _spelled(name: str, value: Any, where: str) -> list[str]:
+    """An option of a file on the command line."""
+    option, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict | list) for item in values):  # maybe of immense length: aliases of aliases
+        raise InputError(f"config {where!r} has a mapping or nested lists as {name}; give a value or a flat list")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    return [f"--{option}", *map(str, values)]
 
 
 def check_output(option: str, path: Path | None) -> None:

@@ -18,7 +18,7 @@ from backbones.errors import InputError, check_count
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch, load_backbone
-from backbones.plain_files import MALFORMED, read_json, write_atomically
+from backbones.plain_files import MALFORMED, read_json, read_records, write_atomically
 from eval.evaluate import Record, check_budgets
 from eval.runs import RunFolder, environment, make_folder
 from eval.timing import how_to_calibrate, load_latency_model
@@ -82,7 +82,7 @@ class AdaptiveVLM:
         """
         folder = _local(str(place))
         if not isinstance(backbone, Backbone):
-            own, options = _backbone_of(folder)
+            own, options = described_backbone(folder)
             try:
                 backbone = load_backbone(backbone or own, dtype, device, **options)
             except TypeError as error:
@@ -321,7 +321,7 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
+def described_backbone(folder: Path) -> tuple[str, dict[str, Any]]:
     """Name and options of the VLM that a folder's controller is for.
 
     Raises:
@@ -346,10 +346,4 @@ def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
 def _records(folder: Path) -> list[Record]:
     """What a run has measured at its end, if it has come to it."""
     file = folder / RECORDS
-    try:
-        records = read_json(file) if file.is_file() else []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(file)!r} is not readable ({error}); restore or remove it") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{str(file)!r} must hold a list of records; restore or remove it")
-    return records
+    return read_records(file) if file.is_file() else []

@@ -187,7 +187,7 @@ def test_plans_and_latency_models_cut_anywhere(kind, tenth, desk, tmp_path):
     mine = Path(shutil.copy(whole, tmp_path / "mine.json"))
     assert kind.load(mine)
     cut(mine, tenth)
-    with pytest.raises(InputError, match="no readable (plan|latency model) in .*mine.json"):
+    with pytest.raises(InputError, match=r"no readable (plan|latency model) in .*mine.json"):
         kind.load(mine)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from backbones import Backbone, EncodingBank
-from backbones.plain_files import write_atomically
+from backbones.plain_files import read_records, write_atomically
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
@@ -54,7 +54,7 @@ class Cell:
 
     def records(self) -> list[Record]:
         """What was measured, a record a budget; a budget that it cannot meet has a ``gap`` that says why."""
-        return json.loads((self.folder / RECORDS).read_text())
+        return read_records(self.folder / RECORDS)
 
     def outcomes(self) -> dict[str, np.ndarray]:
         """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,)."""
