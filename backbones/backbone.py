@@ -121,8 +121,9 @@ class Backbone:
         """Encode queries without a bank.
 
         Raises:
-            InputError: no queries, or one that fails: without an image or with several, an image that the model cannot take, a
-                question that holds the image token or is longer than the model's context; the message names the query.
+            InputError: no queries, or one that fails: without an image or with several, an image that the model cannot
+                take, a question that is no text, holds the image token or is longer than the model's context; the
+                message names the query.
         """
         if not queries:
             raise InputError("there are no queries to encode; give one or more")

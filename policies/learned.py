@@ -112,8 +112,8 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
     odd = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
     if odd:
         raise InputError(
-            f"the weights {odd[0]!r} in {str(folder / WEIGHTS)!r} are of {weights[odd[0]].dtype} or not finite; restore "
-            "the file, or train again"
+            f"the weights {odd[0]!r} in {str(folder / WEIGHTS)!r} are of {weights[odd[0]].dtype} or not finite; "
+            "restore the file, or train again"
         )
     try:
         controller = make(config)

@@ -39,8 +39,8 @@ def project(
         axes: what may be dropped; units of other axes are kept.
 
     Raises:
-        InputError: a budget below what the smallest plan costs, with the least budget; confidences or budgets of another
-            shape.
+        InputError: a budget below what the smallest plan costs, with the least budget; confidences or budgets of
+            another shape.
     """
     layout = backbone.layout
     _check_shapes(confidence_BA, budgets_B, (len(encoding), layout.size))
