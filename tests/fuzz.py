@@ -106,7 +106,7 @@ def targets() -> dict[str, Target]:
     record = {**dict.fromkeys(ASKED, "x"), "budget": 0.5, "text": "red"}
     picture = BytesIO()
     Image.new("RGB", (9, 7), "red").save(picture, "PNG")
-    options = yaml.safe_dump({"seed": 3, "budgets": [0.2, 1.0], "fit": False, "reward": ["accuracy", "-0.2*flops"]})
+    settings = yaml.safe_dump({"seed": 3, "budgets": [0.2, 1.0], "fit": False, "reward": ["accuracy", "-0.2*flops"]})
 
     def with_sizes(content: bytes, folder: Path) -> object:
         (folder / WEIGHTS).write_bytes(weights)
@@ -124,10 +124,10 @@ def targets() -> dict[str, Target]:
 
     return {
         "config.yaml of a command": Target(
-            of_file("options.yaml", lambda path: cli.parse(RLConfig, ["--config", str(path)])), [options.encode()]
+            of_file("options.yaml", lambda path: cli.parse(RLConfig, ["--config", str(path)])), [settings.encode()]
         ),
         "config.yaml of a run": Target(
-            of_file("run/config.yaml", lambda path: RunFolder(path.parent).backbone()), [options.encode()]
+            of_file("run/config.yaml", lambda path: RunFolder(path.parent).backbone()), [settings.encode()]
         ),
         "metrics.jsonl": Target(
             of_file("run/metrics.jsonl", lambda path: RunFolder(path.parent).metrics()),
@@ -276,13 +276,17 @@ def outcome(target: Target, content: bytes, folder: Path) -> str:
     return "taken"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    rng, chosen, counts = random.Random(options.seed), targets(), Counter[tuple[str, str]]()
-    end = time.monotonic() + options.seconds
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = options(arguments)
+    rng, chosen, counts = random.Random(given.seed), targets(), Counter[tuple[str, str]]()
+    end = time.monotonic() + given.seconds
     with tempfile.TemporaryDirectory() as place:
         for number, name in enumerate(chosen):
             for whole in chosen[name].whole:  # the null: what is whole is taken
