@@ -259,7 +259,16 @@ class Trainer:
         restore_random_state(tensors, state["random"])
 
 
-IDLE_FOR_ADALLAVA = ("axes", "rule", "positions", "merge", "initial_spread", "distillation", "init_from")
+IDLE_FOR_ADALLAVA = (
+    "axes",
+    "rule",
+    "positions",
+    "merge",
+    "initial_spread",
+    "token_spread",
+    "distillation",
+    "init_from",
+)
 """Options of the two-level controller, and of losses that it alone has."""
 
 TEMPERATURES = {"gumbel": (2.0, 0.5), "soft-topk": (1.0, 0.2)}

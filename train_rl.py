@@ -47,6 +47,18 @@ class RLConfig(ControllerRunConfig):
     """Train a controller that decides, for each query and budget, which visual tokens, attention heads and layers a
     vision-language model computes. Ends with a table on the test split and a run folder."""
 
+    total_queries: int = 15_000
+    """Queries to draw in training (rounded up to whole rollouts), each with a budget; answered under
+    `plans-per-query` plans."""
+    validate_every: int = 2500
+    """Queries between validations."""
+    checkpoint_every: int = 2500
+    """Queries between checkpoints."""
+    learning_rate: float = 1e-3
+    """Of Adam, falling linearly to zero."""
+    token_spread: float | None = 2.0
+    """How firmly an untrained controller keeps to the visual tokens of its first plan, as --initial-spread for heads
+    and layers. Small: many are tried, so more is learned of which matter to a query."""
     reward: tuple[str, ...] = ("soft-accuracy", "-0.02*flops")
     """A reward's name, or your own function as `package.module:function`; several are summed, each with an optional
     weight: `accuracy -0.3*flops 0.1*my_rewards:shape`. The default is accuracy minus FLOPs with the step of accuracy
@@ -57,7 +69,7 @@ class RLConfig(ControllerRunConfig):
     """Plans answered in one batched call of the backbone."""
     rollout_steps: int = 4
     """Batched calls between two updates."""
-    plans_per_query: int = 8
+    plans_per_query: int = 4
     """Plans tried for the same query and budget; with several, each is judged against the others (leave-one-out), with
     one, against the critic."""
     ratios: Literal["joint", "level", "axis", "bit"] = "joint"
@@ -80,6 +92,10 @@ class RLConfig(ControllerRunConfig):
     """ppo: clip of the probability ratios."""
     entropy: float = 0.0
     """Weight of the mean entropy per decision."""
+
+    @property
+    def answers(self) -> int:
+        return self.plans_per_query
 
     def check(self) -> None:
         super().check()
@@ -162,8 +178,13 @@ class RunCallback(BaseCallback):
         self._rollout: list[dict[str, np.ndarray]] = []
         self._executed: list[tuple[np.ndarray, np.ndarray]] = []
 
+    @property
+    def queries(self) -> int:
+        """Drawn so far; SB3 counts plans."""
+        return self.num_timesteps // self.config.plans_per_query
+
     def _on_training_start(self) -> None:
-        self.bar = tqdm(total=self.config.total_queries, initial=self.num_timesteps, desc="train", unit="plan")
+        self.bar = tqdm(total=self.config.total_queries, initial=self.queries, desc="train", unit="query")
 
     def _on_step(self) -> bool:
         columns = info_columns(self.locals["infos"], self.INFO)
@@ -171,7 +192,7 @@ class RunCallback(BaseCallback):
         if self.tuning is not None:
             one_a_query = slice(None, None, self.config.plans_per_query)
             self._executed.append(tuple(part[one_a_query].copy() for part in self.venv.executed))
-        self.bar.update(self.venv.num_envs)
+        self.bar.update(self.venv.num_envs // self.config.plans_per_query)
         return True
 
     def _on_rollout_end(self) -> None:
@@ -182,20 +203,20 @@ class RunCallback(BaseCallback):
         self._executed = []
         core = self.venv.core
         masks = core.laid_out(core.layout.unflatten(torch.from_numpy(actions).bool().to(core.backbone.device)))
-        progress = min(1.0, self.num_timesteps / self.config.total_queries)
+        progress = min(1.0, self.queries / self.config.total_queries)
         self._tuning_loss = self.tuning.learn(core.bank, numbers, masks, progress)
 
     def _on_rollout_start(self) -> None:
         """The last update is done here, so metrics and checkpoints are complete."""
         self._log_rollout()
-        if self.journal.due_validation(self.num_timesteps):
-            self.journal.validate(self.num_timesteps, self._controller())
-        if self.journal.due_checkpoint(self.num_timesteps):
+        if self.journal.due_validation(self.queries):
+            self.journal.validate(self.queries, self._controller())
+        if self.journal.due_checkpoint(self.queries):
             self.save()
 
     def _on_training_end(self) -> None:
         self._log_rollout()
-        self.journal.validate(self.num_timesteps, self._controller())
+        self.journal.validate(self.queries, self._controller())
 
     def _log_rollout(self) -> None:
         if not self._rollout:
@@ -210,7 +231,7 @@ class RunCallback(BaseCallback):
         self.bar.set_postfix(reward=f"{means['reward']:.3f}", accuracy=f"{means['accuracy']:.3f}")
         if self.tuning is not None:
             update["tuning_loss"] = self._tuning_loss
-        self.journal.write(self.num_timesteps, {**means, **update})
+        self.journal.write(self.queries, {**means, **update})
 
     def _controller(self) -> TwoLevelController:
         assert isinstance(self.model.policy, TwoLevelPolicy)
@@ -221,7 +242,7 @@ class RunCallback(BaseCallback):
         random_tensors, random_rest = random_state()
         policy = {f"policy.{name}": value for name, value in self.model.policy.state_dict().items()}
         state = {
-            "queries": self.num_timesteps,
+            "queries": self.queries,
             "updates": self.model._n_updates,  # type: ignore[attr-defined]
             "random": random_rest,
             "environment": self.venv.state(),
@@ -229,7 +250,7 @@ class RunCallback(BaseCallback):
         }
         tensors = {**policy, **optimizer_tensors(self.model.policy.optimizer), **random_tensors}
         tensors |= {} if self.tuning is None else self.tuning.tensors()
-        save_checkpoint(self.journal.folder.checkpoints, self.num_timesteps, tensors, state)
+        save_checkpoint(self.journal.folder.checkpoints, self.queries, tensors, state)
 
     def restore(self, model: OnPolicyAlgorithm) -> None:
         """Continue from the run's last checkpoint, if it has one."""
@@ -242,7 +263,7 @@ class RunCallback(BaseCallback):
         restore_optimizer(model.policy.optimizer, tensors)
         if self.tuning is not None:
             self.tuning.restore(tensors)
-        model.num_timesteps = state["queries"]
+        model.num_timesteps = state["queries"] * self.config.plans_per_query
         model._n_updates = state["updates"]  # type: ignore[attr-defined]
         model._last_obs = self.venv.load_state(state["environment"])
         model._last_episode_starts = np.ones(self.venv.num_envs, bool)
@@ -260,7 +281,7 @@ def train(
     if config.resume:
         with restoring(folder.checkpoints):
             callback.restore(model)
-    remaining = config.total_queries - model.num_timesteps
+    remaining = config.total_queries * config.plans_per_query - model.num_timesteps
     if remaining > 0:
         try:
             model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)

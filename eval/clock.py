@@ -36,10 +36,12 @@ class TrainingClock:
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
 
-def throughput(timing: Sequence[dict[str, Any]]) -> str:
-    """A run's ``timing.jsonl`` in words; empty for a run of one line."""
+def throughput(timing: Sequence[dict[str, Any]], answers: int = 1) -> str:
+    """A run's ``timing.jsonl`` in words, with how many plans each query was answered under; empty for a run of one
+    line."""
     if len(timing) < 2:
         return ""
     first, last = timing[0], timing[-1]
     rate = (last["queries"] - first["queries"]) / max(1e-9, last["seconds"] - first["seconds"])
-    return f"{rate:,.0f} queries/s in training, peak memory {last['peak_memory_mb']:,.0f} MB"
+    plans = f", {rate * answers:,.0f} plans/s" if answers > 1 else ""
+    return f"{rate:,.0f} queries/s{plans} in training, peak memory {last['peak_memory_mb']:,.0f} MB"

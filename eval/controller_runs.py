@@ -53,7 +53,7 @@ class ControllerRunConfig(Placement):
     budgets: tuple[float, float] = (0.2, 1.0)
     """Each training query's budget is log-uniform between these shares of the full plan's LLM FLOPs."""
     total_queries: int = 60_000
-    """Plans to answer in training (rounded up to whole batches)."""
+    """Queries to draw in training (rounded up to whole batches), each with a budget."""
     seed: int = 0
     """Of the controller's weights, the queries, the budgets and the plans."""
     out: Path = Path("runs/run")
@@ -73,16 +73,18 @@ class ControllerRunConfig(Placement):
     initial_spread: float = 8.0
     """How firmly an untrained controller keeps to its first plan: the first unit to leave has the logit 0, the last
     twice this. Small: much is tried; large: little but what is near the plan."""
+    token_spread: float | None = None
+    """The same for visual tokens alone. Small: many are tried, so more is learned of which matter to a query."""
     width: int = 48
     """Width of the controller."""
     learning_rate: float = 3e-3
     """Of Adam, falling linearly to zero."""
     validate_every: int = 10_000
-    """Answered plans between validations."""
+    """Queries between validations."""
     validate_queries: int = 500
     """Queries in a validation."""
     checkpoint_every: int = 10_000
-    """Answered plans between checkpoints."""
+    """Queries between checkpoints."""
     test_budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Budgets of the final table."""
     test_queries: int | None = None
@@ -91,6 +93,11 @@ class ControllerRunConfig(Placement):
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
     """Group of runs there that this one belongs to."""
+
+    @property
+    def answers(self) -> int:
+        """Plans that each of the training's queries is answered under."""
+        return 1
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is loaded or written.
@@ -107,8 +114,11 @@ class ControllerRunConfig(Placement):
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
         if self.test_queries is not None:
             self.check_at_least_one("test_queries")
-        if not 0 <= self.initial_spread < 1000:
-            raise InputError(f"--initial-spread is {self.initial_spread:g}; it must be at least 0, and below 1000")
+        for name in ("initial_spread", "token_spread"):
+            spread = getattr(self, name)
+            if spread is not None and not 0 <= spread < 1000:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is {spread:g}; it must be at least 0, and below 1000")
         for name in ("learning_rate", "tune_rate"):
             if not getattr(self, name) > 0:
                 option = f"--{name.replace('_', '-')}"
@@ -133,7 +143,7 @@ class ControllerRunConfig(Placement):
 
     def sizes(self, backbone: Backbone, **more: Any) -> ControllerConfig:
         """Of the controller to train."""
-        same = ("width", "rule", "initial_spread")
+        same = ("width", "rule", "initial_spread", "token_spread")
         own = {**self.laying_out(), "axes": check_axes(self.axes), "initial_logit": self.initial_spread}
         more = {**own, **{name: getattr(self, name) for name in same}, **more}
         return ControllerConfig.for_layout(backbone.layout, backbone.hidden, **more)
@@ -200,7 +210,7 @@ class RunJournal:
             raise InputError(f"--test-budgets {given} can never be met; the least budget here is {least:.4f}")
 
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
-        """One line of metrics after so many answered plans."""
+        """One line of metrics after so many queries."""
         self.folder.log(queries=queries, **metrics)
         self.folder.log_timing(queries=queries, **self.clock.read())
         self.lines += 1
@@ -284,5 +294,5 @@ def conclude(
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
     print(report.tables(records))
-    print(f"\n{throughput(folder.timing())}")
+    print(f"\n{throughput(folder.timing(), config.answers)}")
     print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")

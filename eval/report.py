@@ -103,18 +103,18 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training reward, and validation accuracy at each budget, over answered plans."""
+    """Training reward, and validation accuracy at each budget, over the training's queries."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     rewards = [(line["queries"], line["reward"]) for line in metrics if "reward" in line]
     if rewards:
         left.plot(*zip(*rewards, strict=True), linewidth=1)
-    left.set(xlabel="answered plans", ylabel="mean reward of a rollout", title="training")
+    left.set(xlabel="queries", ylabel="mean reward of a rollout", title="training")
     validations = [line for line in metrics if "validation" in line]
     for budget in validations[0]["validation"] if validations else ():
         points = [(line["queries"], 100 * line["validation"][budget]["accuracy"]) for line in validations]
         right.plot(*zip(*points, strict=True), marker="o", label=f"budget {budget}")
-    right.set(xlabel="answered plans", ylabel="accuracy (%)", title="validation")
+    right.set(xlabel="queries", ylabel="accuracy (%)", title="validation")
     if validations:
         right.legend()
     for axes in (left, right):

@@ -67,7 +67,7 @@ class RunFolder:
         make_folder(folder.path)
         try:
             (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
-            (folder.path / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+            (folder.path / "command.txt").write_text(command_line() + "\n")
             (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise cannot_write(folder.path, error) from error
@@ -206,6 +206,13 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def command_line() -> str:
+    """The command of this process, as somebody else would type it in the repository."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`, which puts a full path in argv
+    program = [sys.argv[0]] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    return shlex.join([Path(sys.executable).name, *program, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:

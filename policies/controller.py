@@ -40,6 +40,7 @@ class ControllerConfig:
         initial_logit: mean keep-logit of visual tokens before training.
         initial_spread: how far they lie around it, in an order of which every part is spread evenly over the image;
             head slots begin half as far above the mean, layers as far (``policies.even``); 0: all units are alike.
+        token_spread: of the visual tokens alone, if it is another.
         text_tokens: longest prompt with positions of their own; later tokens share the last.
         axes: what it decides on; units of other axes are always kept.
         rule: how logits become a plan. ``"threshold"``: units with a positive logit, as many as there are, projected
@@ -57,6 +58,7 @@ class ControllerConfig:
     pools: int = 4
     initial_logit: float = 2.0
     initial_spread: float = 2.0
+    token_spread: float | None = None
     text_tokens: int = 64
     axes: tuple[str, ...] = AXES
     rule: str = "threshold"
@@ -127,9 +129,10 @@ class TwoLevelController(nn.Module):
     @torch.no_grad()
     def begin_with(self, confidence_A: Tensor) -> None:
         """Make the first plan, before training, that in which units leave from -1 to 1, the same for every query."""
-        bias_A = self.config.initial_logit + self.config.initial_spread * confidence_A
-        self.token_bias.copy_(bias_A[: self.config.tokens])
-        self.llm_head.bias.copy_(bias_A[self.config.tokens :])
+        config = self.config
+        token_spread = config.initial_spread if config.token_spread is None else config.token_spread
+        self.token_bias.copy_(config.initial_logit + token_spread * confidence_A[: config.tokens])
+        self.llm_head.bias.copy_(config.initial_logit + config.initial_spread * confidence_A[config.tokens :])
 
     def read(
         self, visual_BND: Tensor, visual_valid_BN: Tensor, text_BTD: Tensor, text_valid_BT: Tensor, budgets_B: Tensor

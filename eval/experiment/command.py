@@ -56,8 +56,8 @@ class Experiment(cli.Placement):
     """One training an arm for each. More can be added later."""
     budgets: tuple[float, ...] = (0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
     """Shares of the full plan's LLM FLOPs, in (0, 1]."""
-    total_queries: int = 60_000
-    """Answered in each training."""
+    total_queries: int = 40_000
+    """Drawn in each training; RL answers each under four plans, a relaxation once, forward and back."""
     test_queries: int | None = None
     """Use so many of the test split, spread over it; all by default."""
     tuning_queries: int = 1000

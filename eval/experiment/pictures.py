@@ -71,7 +71,7 @@ def draw_adherence(results: Mapping[str, ArmResult], folder: Path) -> Path:
 
 
 def draw_learning(results: Mapping[str, ArmResult], folder: Path) -> Path | None:
-    """Validation accuracy over answered queries, and over seconds of training, a line a run."""
+    """Validation accuracy over queries, and over seconds of training, a line a run."""
     with plt.rc_context(STYLES):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
         colors = plt.colormaps["tab10"]
@@ -96,7 +96,7 @@ def draw_learning(results: Mapping[str, ArmResult], folder: Path) -> Path | None
         if not drawn:
             plt.close(figure)
             return None
-        left.set(xlabel="answered queries", ylabel="validation accuracy (%), mean over budgets")
+        left.set(xlabel="training queries", ylabel="validation accuracy (%), mean over budgets")
         right.set(xlabel="seconds of training")
         left.legend(fontsize=8)
         return _save(figure, folder, "learning")

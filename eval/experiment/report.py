@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from eval.experiment.summary import (
 )
 from eval.latency import device_name
 from eval.policies import load_planner
-from eval.runs import environment
+from eval.runs import command_line, environment
 from policies.baselines import Planner
 
 QUESTIONS = {
@@ -177,7 +175,7 @@ class Report:
 
     def _commands(self) -> list[str]:
         commands: Mapping[str, None] = dict.fromkeys(
-            [shlex.join(["python", "-m", "eval", *sys.argv[1:]])]
+            [command_line()]
             + [
                 (cell.run / "command.txt").read_text().strip()
                 for cell in self.cells

@@ -164,10 +164,10 @@ def accuracy_table(
         over = sum(record["budget_violations"] for own in result.records.values() for record in own)
         rows.append([name, seeds, *cells, area, f"{np.mean(asked):.2f}", str(over)])
     note = (
-        "Accuracy in %, mean over seeds and kinds of questions (each counts alike, whatever its number of queries), with "
-        "a 95 % stratified-bootstrap interval over seeds; "
-        "one seed gives no interval. Area: mean accuracy over the budgets. An interval is over trainings, on one test "
-        "split of one data set: it says nothing of other data or backbones. A dash is a budget that cannot be met."
+        "Accuracy in %, mean over seeds and kinds of questions (each kind counts alike), with a 95 % "
+        "stratified-bootstrap interval over seeds; one seed gives no interval. Area: mean accuracy over the budgets. "
+        "An interval is over trainings, on one test split of one data set: it says nothing of other data or backbones. "
+        "A dash is a budget that cannot be met."
     )
     return Table("Accuracy", rows, note)
 
