@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,7 @@ def check(config: BackboneConfig) -> None:
         ),
         ("learning_rate", 0 < config.learning_rate < math.inf, "a positive number"),
         ("muon_rate", 0 <= (config.muon_rate or 0) < math.inf, "a number, 0 or more"),
+        *((name, getattr(config, name) >= 0, "at least 0") for name in ("lora_rank", "vision_steps", "warmup")),
         ("plain_share", 0 <= config.plain_share <= 1, "between 0 and 1"),
         ("budgets", 0 < config.budgets[0] <= config.budgets[1] <= 1, "two shares with 0 < lower <= upper <= 1"),
     ]
@@ -121,6 +123,8 @@ def check(config: BackboneConfig) -> None:
             raise InputError(f"{option} {verb} {getattr(config, name)}; it must be {expected}")
     if config.lora_rank and config.backbone == "scratch":
         raise InputError("--lora-rank needs a trained model to adapt; name one with --backbone")
+    if config.merge and not config.lora_rank:
+        raise InputError("--merge has no effect without adapters; leave it out, or give --lora-rank")
     if config.lora_rank and config.muon_rate:
         raise InputError(f"--muon-rate {config.muon_rate:g} has no effect on adapters; leave it out")
 
@@ -250,14 +254,19 @@ class Stopping(TrainerCallback):
 def main(arguments: Sequence[str] | None = None) -> None:
     config = cli.parse(BackboneConfig, arguments)
     check(config)
-    with deterministic(config.deterministic):
-        run(config)
+    out = RunFolder.begun(config.out, config, config.resume) if leads() else nullcontext(RunFolder(config.out))
+    with deterministic(config.deterministic), out as folder:
+        run(config, folder)
 
 
-def run(config: BackboneConfig) -> None:
-    """Train, or finish training, and save."""
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate launches
-    folder = RunFolder.create(config.out, config, config.resume) if first else RunFolder(config.out)
+def leads() -> bool:
+    """Whether this is the first of the processes that accelerate launches."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(config: BackboneConfig, folder: RunFolder) -> None:
+    """Train, or finish training, in ``folder``, and save the model there."""
+    first = leads()
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     backbone = build(config, train)
     options = trainer_options(config, folder)

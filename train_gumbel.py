@@ -33,6 +33,7 @@ from policies.checkpoints import (
     random_state,
     restore_optimizer,
     restore_random_state,
+    restoring,
     save_checkpoint,
 )
 from policies.controller import TwoLevelController
@@ -261,17 +262,18 @@ class Trainer:
             self.journal.folder.truncate_metrics(0)
             return
         tensors, state = loaded
-        prefix = "controller."
-        weights: dict[str, Any] = {
-            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-        }
-        self.controller.load_state_dict(weights)
-        restore_optimizer(self.optimizer, tensors)
-        if self.tuning is not None:
-            self.tuning.restore(tensors)
-        self.queries, self._recent = state["queries"], state["recent"]
-        self.journal.load_state(state)
-        restore_random_state(tensors, state["random"])
+        with restoring(self.journal.folder.checkpoints):
+            prefix = "controller."
+            weights: dict[str, Any] = {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
+            self.controller.load_state_dict(weights)
+            restore_optimizer(self.optimizer, tensors)
+            if self.tuning is not None:
+                self.tuning.restore(tensors)
+            self.queries, self._recent = state["queries"], state["recent"]
+            self.journal.load_state(state)
+            restore_random_state(tensors, state["random"])
 
 
 IDLE_FOR_ADALLAVA = (
@@ -297,18 +299,18 @@ def main() -> None:
     began = time.time()
     config = cli.parse(GumbelConfig)
     config.check()
-    with deterministic(config.deterministic):
-        run(config, began)
+    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+        run(config, folder, began)
 
 
-def run(config: GumbelConfig, began: float) -> None:
-    """Train, or finish training, and evaluate.
+def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
+    """Train, or finish training, in ``folder``, and evaluate.
 
     Args:
         config: checked.
+        folder: of the run.
         began: time, in seconds.
     """
-    folder = RunFolder.create(config.out, config, config.resume)
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     backbone = config.load(config.backbone)
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))

@@ -26,7 +26,7 @@ from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
 from eval.determinism import deterministic
 from eval.runs import RunFolder
 from eval.stopping import StopSignals
-from eval.timing import load_latency_model
+from eval.timing import how_to_calibrate, load_latency_model
 from eval.tracking import Tracker
 from policies.checkpoints import (
     load_checkpoint,
@@ -34,6 +34,7 @@ from policies.checkpoints import (
     random_state,
     restore_optimizer,
     restore_random_state,
+    restoring,
     save_checkpoint,
 )
 from policies.controller import TwoLevelController
@@ -105,6 +106,10 @@ class RLConfig(ControllerRunConfig):
         if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
             why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
             raise cli.InputError(f"--workers is {self.workers}; {why}")
+        if self.latency_model is None and "latency" in [part.rpartition("*")[2] for part in self.reward]:
+            raise cli.InputError(
+                f"--reward latency needs --latency-model FILE; make one with: {how_to_calibrate(self.backbone)}"
+            )
         if not self.clip_range > 0 or self.entropy < 0:
             raise cli.InputError(
                 f"--clip-range {self.clip_range:g} must be above 0, --entropy {self.entropy:g} at least 0"
@@ -259,17 +264,20 @@ class RunCallback(BaseCallback):
             self.journal.folder.truncate_metrics(0)
             return
         tensors, state = loaded
-        policy = {name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")}
-        model.policy.load_state_dict(policy)
-        restore_optimizer(model.policy.optimizer, tensors)
-        if self.tuning is not None:
-            self.tuning.restore(tensors)
-        model.num_timesteps = state["queries"] * self.config.plans_per_query
-        model._n_updates = state["updates"]  # type: ignore[attr-defined]
-        model._last_obs = self.venv.load_state(state["environment"])
-        model._last_episode_starts = np.ones(self.venv.num_envs, bool)
-        self.journal.load_state(state)
-        restore_random_state(tensors, state["random"])
+        with restoring(self.journal.folder.checkpoints):
+            policy = {
+                name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")
+            }
+            model.policy.load_state_dict(policy)
+            restore_optimizer(model.policy.optimizer, tensors)
+            if self.tuning is not None:
+                self.tuning.restore(tensors)
+            model.num_timesteps = state["queries"] * self.config.plans_per_query
+            model._n_updates = state["updates"]  # type: ignore[attr-defined]
+            model._last_obs = self.venv.load_state(state["environment"])
+            model._last_episode_starts = np.ones(self.venv.num_envs, bool)
+            self.journal.load_state(state)
+            restore_random_state(tensors, state["random"])
 
 
 def train(
@@ -299,21 +307,10 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
-    with deterministic(config.deterministic):
-        run(config, began)
-
-
-def run(config: RLConfig, began: float) -> None:
-    """Train, or finish training, and evaluate.
-
-    Args:
-        config: checked.
-        began: time, in seconds.
-    """
-    folder = RunFolder.create(config.out, config, config.resume)
-    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
-    controller, backbone, tuning = train(config, folder, tracker)
-    conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
+    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+        tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
+        controller, backbone, tuning = train(config, folder, tracker)
+        conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
 
 
 if __name__ == "__main__":

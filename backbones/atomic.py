@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from backbones.errors import InputError
+
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 """Names, beside a folder, of what will take its place and of what was there."""
 
@@ -22,13 +24,32 @@ def temporary(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    with temporary(path).open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary(path).replace(path)
+    """Write a file so that a crash leaves the old one or the new one, never half of one.
+
+    Raises:
+        InputError: a place where it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout, say, is written to, not put another file in its place
+            path.write_bytes(content)
+            return
+        with temporary(path).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary(path).replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary(path).unlink()
+        raise cannot_write(path, error) from error
     sync(path.parent)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to say of a place that nothing can be written to."""
+    return InputError(
+        f"{str(path)!r} cannot be written ({error.strerror or error}); make room, or choose another place"
+    )
 
 
 @contextmanager

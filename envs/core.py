@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank, QuerySource
-from backbones.errors import InputError
+from backbones.errors import InputError, check_count
 from backbones.finite import check_finite
 from backbones.latency_model import LatencyModel
 from backbones.loading import load_backbone
@@ -76,10 +76,8 @@ class MaskingCore:
         positions: str = "original",
         merge: bool = False,
     ):
-        if len(budgets) != 2 or not 0 < budgets[0] <= budgets[1] <= 1:
-            raise InputError(
-                f"budgets are {tuple(budgets)}; give a lower and an upper bound with 0 < lower <= upper <= 1"
-            )
+        if not _are_bounds(budgets):
+            raise InputError(f"budgets are {budgets!r}; give a lower and an upper bound with 0 < lower <= upper <= 1")
         if observation not in OBSERVATIONS:
             raise InputError(f"observation is {observation!r}; it must be one of {', '.join(OBSERVATIONS)}")
         self.reward = WeightedReward(reward)
@@ -90,6 +88,7 @@ class MaskingCore:
         self.observation = observation
         self.controller_flops = controller_flops
         self.max_new_tokens = longest_answer(self.source) if max_new_tokens is None else max_new_tokens
+        check_count("max_new_tokens", self.max_new_tokens)
         self.latency_model = latency_model
         self.layout = self.backbone.layout
         self.positions, self.merge = positions, merge
@@ -203,6 +202,14 @@ class MaskingCore:
             return None
         predict = partial(self.latency_model.predict, self.backbone, encoding)
         return _array(predict(masks) / predict(self.backbone.full(encoding)))
+
+
+def _are_bounds(budgets: Any) -> bool:
+    try:
+        low, high = budgets
+        return bool(0 < low <= high <= 1)
+    except (TypeError, ValueError):  # no pair, or no numbers
+        return False
 
 
 def draw_budgets(rng: Any, bounds: Sequence[float], count: int | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbones.atomic import remove_at_once, whole_folder
 from backbones.errors import InputError, first_line
-from backbones.json_files import read_json
+from backbones.plain_files import read_json
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> None:
@@ -29,8 +29,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
             named = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(named, unfinished / "tensors.safetensors")
             (unfinished / "state.json").write_text(json.dumps(state))
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in written(folder)[:-keep]:
         remove_at_once(old)
+
+
+def written(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(folder.glob("step-*"))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -39,26 +44,33 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     Raises:
         InputError: a checkpoint that cannot be read.
     """
-    found = sorted(folder.glob("step-*"))
+    found = written(folder)
     if not found:
         return None
     with reading_newest(found) as newest:
         return load_file(newest / "tensors.safetensors"), read_json(newest / "state.json")
 
 
+def restoring(folder: Path) -> AbstractContextManager[Path]:
+    """While the newest checkpoint, loaded, is taken up by a run that it may not fit."""
+    return reading_newest(written(folder), "does not fit this run")
+
+
 @contextmanager
-def reading_newest(found: Sequence[Path]) -> Iterator[Path]:
-    """The last of some checkpoints, for the block to read.
+def reading_newest(found: Sequence[Path], problem: str = "cannot be read") -> Iterator[Path]:
+    """The last of some checkpoints, for the block to read or to take up.
 
     Raises:
-        InputError: it cannot be read; the message says what to do.
+        InputError: it has that ``problem``; the message says what to do.
     """
     try:
         yield found[-1]
+    except InputError:
+        raise
     except Exception as error:  # safetensors, json and torch raise many kinds
         then = "use the one before" if len(found) > 1 else "begin anew"
         raise InputError(
-            f"checkpoint {str(found[-1])!r} cannot be read ({first_line(error)}); remove it to {then}"
+            f"checkpoint {str(found[-1])!r} {problem} ({first_line(error)}); remove it to {then}"
         ) from error
 
 

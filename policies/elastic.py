@@ -37,6 +37,7 @@ from backbones.errors import InputError, queries_named
 from backbones.executed import executed_answer_logits
 from backbones.finite import refuse_bad_gradients
 from backbones.masks import Masks
+from backbones.plain_files import read_json
 from backbones.shared_prefix import answer_logits, can_share
 from backbones.survivors import RESTORED, Survivors
 from policies.baselines import random_waits
@@ -209,7 +210,7 @@ class ElasticTrainer(SFTTrainer):
         model = self.model if model is None else model
         with self._reading(resume_from_checkpoint) as checkpoint:
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            self._metrics["train"].update(json.loads((checkpoint / UNLOGGED).read_text()))
+            self._metrics["train"].update(read_json(checkpoint / UNLOGGED))
             if isinstance(model, PeftModel):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:

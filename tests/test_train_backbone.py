@@ -153,8 +153,14 @@ def test_rare_answers_are_drawn_more_often(data):
 def test_answers_that_cannot_be_learnt_are_named():
     backbone = build_of("llava")
     rows = make_dataset(2).to_dict()
-    rows["answers"] = [["zebra"], []]
-    collate = Collator(backbone, DatasetQueries(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "m", "t"))
+    rows["answers"] = [["zebra"], ["red"]]
+
+    class Unanswered(DatasetQueries):
+        def text(self, number):
+            id, question, answers = super().text(number)
+            return id, question, answers if number == 0 else ()
+
+    collate = Collator(backbone, Unanswered(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "m", "t"))
     with pytest.raises(InputError, match="'q0': the tokenizer cannot represent the answer 'zebra'"):
         collate([{"queries": [0]}])
     with pytest.raises(InputError, match="'q1' has no answers; training needs one"):

@@ -16,7 +16,7 @@ import numpy as np
 from backbones import Backbone, EncodingBank
 from backbones.atomic import write_atomically
 from backbones.errors import InputError, first_line
-from backbones.json_files import read_json
+from backbones.plain_files import read_records
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
@@ -62,10 +62,7 @@ class Cell:
         Raises:
             InputError: an unreadable file.
         """
-        try:
-            return read_json(self.folder / RECORDS)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(RECORDS, error) from error
+        return read_records(self.folder / RECORDS)
 
     def outcomes(self) -> dict[str, np.ndarray]:
         """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,).
@@ -77,13 +74,10 @@ class Cell:
             with np.load(self.folder / OUTCOMES, allow_pickle=False) as file:
                 return dict(file)
         except (OSError, ValueError, MemoryError, EOFError, BadZipFile) as error:
-            raise self._unreadable(OUTCOMES, error) from error
-
-    def _unreadable(self, name: str, error: Exception) -> InputError:
-        file, records = str(self.folder / name), str(self.folder / RECORDS)
-        return InputError(
-            f"{file!r} cannot be read ({first_line(error)}); remove {records!r} to measure that cell again"
-        )
+            raise InputError(
+                f"{str(self.folder / OUTCOMES)!r} cannot be read ({first_line(error)}); remove "
+                f"{str(self.folder / RECORDS)!r} to measure that cell again"
+            ) from error
 
     def failure(self) -> str | None:
         """Why it could not be measured, if it could not."""
