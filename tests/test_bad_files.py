@@ -126,7 +126,7 @@ def test_sizes_that_are_no_object(content, run, backbone):
 @pytest.fixture(scope="module")
 def saved(desk, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "mine"
-    AdaptiveVLM.from_pretrained(desk["run"]).save_pretrained(folder, with_backbone=False)
+    AdaptiveVLM.from_pretrained(desk["run"]).save_pretrained(folder)  # with its VLM
     return folder
 
 
@@ -141,7 +141,6 @@ DESCRIPTIONS = {
     "a backbone of a number": {"backbone": 3},
     "a backbone that is nowhere": {"backbone": "/nowhere"},
     "a protected layer of text": {"backbone_options": {"protected_layers": "first"}},
-    "its own model, which is not there": {"backbone": "model"},
 }
 
 
@@ -152,6 +151,13 @@ def test_spoilt_descriptions(name, saved, tmp_path):
     with pytest.raises(InputError) as caught:
         AdaptiveVLM.from_pretrained(mine)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_gone_is_named(saved, tmp_path):
+    mine = Path(shutil.copytree(saved, tmp_path / "mine"))
+    assert AdaptiveVLM.from_pretrained(mine).name == "mine"
+    shutil.rmtree(mine / "model")
+    refused("mine/model' could not be read (there is no such folder)", mine, AdaptiveVLM.from_pretrained, mine)
 
 
 @pytest.mark.parametrize("tenth", range(10))
@@ -174,7 +180,7 @@ def test_configs_of_runs(content, run):
     refused("config.yaml", run, RunFolder(run).backbone)
 
 
-@pytest.mark.parametrize("content", ["{", "3\n", '{"queries": 1}\n[]\n', "\0\n", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{\n", "3\n", '{"queries": 1}\n[]\n', "\0\n", "[" * 100_000 + "\n"])
 def test_metrics_that_are_none(content, run):
     (run / "metrics.jsonl").write_text(content)
     refused("metrics.jsonl', line", run, RunFolder(run).metrics)

@@ -309,7 +309,7 @@ def test_an_experiment_names_no_code(witness, tmp_path, monkeypatch):
     witness.module(tmp_path / "evil.py")
     for best in ("evil:f", "fastv:k=2 then evil:f"):
         (tmp_path / "tuning.json").write_text(json.dumps({"best": {"fastv": best}}))
-        with refused(witness, "tuning.json' cannot be read .settings that are not of the grid"):
+        with refused(witness, "tuning.json' cannot be read .*settings that are not of the grid"):
             Experiment("pruning", tmp_path)._tune(build())
 
 
