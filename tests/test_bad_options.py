@@ -156,13 +156,13 @@ TRAININGS = [
             ("empty.yaml", "must hold a mapping of options"),
             ("list.yaml", "must hold a mapping of options"),
             ("deep.yaml", "nested too deeply"),
-            ("bomb.yaml", "unknown option 'a'"),
-            ("bomb-in-option.yaml", "nested lists as reward"),
+            ("bomb.yaml", "has YAML aliases"),
+            ("bomb-in-option.yaml", "has YAML aliases"),
             ("tab.yaml", "not readable YAML"),
             ("python.yaml", "not readable YAML"),
             ("date.yaml", "not readable YAML"),
             ("key.yaml", "not readable YAML"),
-            ("alias.yaml", "nowhere"),
+            ("alias.yaml", "has YAML aliases"),
             ("null.yaml", "not readable YAML"),
             ("latin.yaml", "not readable YAML"),
             ("number-key.yaml", "unknown option 1"),
@@ -181,7 +181,7 @@ TRAININGS = [
             ("spelling.yaml", "unknown option 'total-queries'; known"),
         )
     ),
-    Line(f"train_rl {SMALL} --config {{desk}}", "Is a directory"),
+    Line(f"train_rl {SMALL} --config {{desk}}", "is no regular file"),
     Line(f"train_rl {SMALL} --config", "--config needs the path"),
 ]
 

@@ -198,7 +198,7 @@ def observing(terms):
 
 def scattering(terms):
     """Uses an operation that PyTorch has no deterministic implementation of."""
-    values = torch.zeros(len(terms)).put_(torch.arange(len(terms)), torch.from_numpy(terms.accuracy).float())
+    values = torch.zeros(len(terms)).put_(torch.arange(len(terms)), torch.tensor(terms.accuracy).float())
     return values.numpy()
 
 

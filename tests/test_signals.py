@@ -23,6 +23,7 @@ from eval.stopping import Stopped, StopSignals, run_process
 from tests.conftest import command
 from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_rl import OPTIONS
+from tests.waiting import prepared, waiting
 
 BOTH = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -193,16 +194,6 @@ def test_an_experiment_passes_the_signal_on(monkeypatch, place, tmp_path, capsys
     assert not (run / "result.json").exists() and not (run.parent / "failure.txt").exists()
     assert max(int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")) > 0
     assert (tmp_path / "out" / "cells" / "full" / "seed-0" / "records.json").exists()
-
-
-def prepared():
-    return None
-
-
-def waiting(prepared, cell):
-    """A job that says that it has begun, and waits."""
-    (cell.folder / f"begun-{cell.seed}").touch()
-    time.sleep(60)
 
 
 def test_jobs_side_by_side_end_together(tmp_path):
