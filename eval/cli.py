@@ -47,7 +47,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # not behind an unfinished bar
+        for bar in list(tqdm._instances):  # type: ignore[attr-defined]  # it would stand behind an unfinished one
+            bar.close()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -171,8 +171,8 @@ def test_answers_that_cannot_be_learnt_are_named():
     ("arguments", "words"),
     [
         ("--learning-rate 1e30 --vision-steps 0", "the loss is nan at step 2; lower --learning-rate (now 1e+30)"),
-        ("--learning-rate nan", "--learning-rate is nan; it must be a positive number"),
-        ("--lora-rank -1 --backbone tiny", "LoRA rank is -1; it must be at least 1"),
+        ("--learning-rate nan", "--learning-rate is nan; it must be a finite number"),
+        ("--lora-rank -1 --backbone tiny", "--lora-rank is -1; it must be at least 0"),
         ("--elastic-questions 9", "--elastic-questions is 9; it must be at least 1 and at most --questions (2)"),
         ("--lora-rank 4", "--lora-rank needs a trained model to adapt; name one with --backbone"),
         ("--budgets 0.5 0.1", "--budgets are (0.5, 0.1)"),
