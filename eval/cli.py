@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -56,11 +56,16 @@ def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
         try:
             main()
         except InputError as error:
-            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # not behind an unfinished bar
-            raise SystemExit(2) from None
+            _end(f"error: {' '.join(str(error).split())}", 2)
         except Stopped as stopped:
-            print(f"{stopped}; {go_on}", file=sys.stderr)
-            raise SystemExit(stopped.status) from None
+            _end(f"{stopped}; {go_on}", stopped.status)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    for bar in list(tqdm._instances):  # type: ignore[attr-defined]  # the line would stand behind an unfinished one
+        bar.close()
+    print(line, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:
