@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +29,13 @@ from backbones.tiny_vision import said_labels, train_vision
 from envs.queries import DatasetQueries, load_queries
 from envs.scoring import reference
 from eval import cli
+from eval.determinism import deterministic
 from eval.evaluate import evaluate
 from eval.runs import RunFolder
+from eval.stopping import StopSignals
 from policies.adapters import lora_config, save_model
 from policies.baselines import FullPlanner, RandomPlanner
-from policies.elastic import ElasticSettings, ElasticTrainer
+from policies.elastic import ElasticSettings, ElasticTrainer, checkpoints, step_of
 from policies.muon import MuonAdamW
 
 
@@ -86,6 +90,8 @@ class BackboneConfig:
     """Of weights, batches and plans."""
     validate_every: int = 200
     """Steps between validations and checkpoints."""
+    deterministic: bool = False
+    """Use only operations that give equal bits each time, and end with an error where there is none."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
 
@@ -106,6 +112,7 @@ def check(config: BackboneConfig) -> None:
         ),
         ("learning_rate", 0 < config.learning_rate < math.inf, "a positive number"),
         ("muon_rate", 0 <= (config.muon_rate or 0) < math.inf, "a number, 0 or more"),
+        *((name, getattr(config, name) >= 0, "at least 0") for name in ("lora_rank", "vision_steps", "warmup")),
         ("plain_share", 0 <= config.plain_share <= 1, "between 0 and 1"),
         ("budgets", 0 < config.budgets[0] <= config.budgets[1] <= 1, "two shares with 0 < lower <= upper <= 1"),
     ]
@@ -116,6 +123,8 @@ def check(config: BackboneConfig) -> None:
             raise InputError(f"{option} {verb} {getattr(config, name)}; it must be {expected}")
     if config.lora_rank and config.backbone == "scratch":
         raise InputError("--lora-rank needs a trained model to adapt; name one with --backbone")
+    if config.merge and not config.lora_rank:
+        raise InputError("--merge has no effect without adapters; leave it out, or give --lora-rank")
     if config.lora_rank and config.muon_rate:
         raise InputError(f"--muon-rate {config.muon_rate:g} has no effect on adapters; leave it out")
 
@@ -181,9 +190,10 @@ class Journal(TrainerCallback):
         self.began = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or "full" not in (logs or {}):
+        if not state.is_world_process_zero or logs is None or "full" not in logs:
             return
-        assert logs is not None
+        if "train_runtime" in logs and state.global_step < state.max_steps:  # stopped: the line is not complete
+            return
         parts = {name: round(logs[name], 4) for name in ("full", "pruned", "divergence") if name in logs}
         measured = validate(self.backbone, self.validation)
         self.folder.log(step=state.global_step, seconds=round(time.time() - self.began, 1), **parts, **measured)
@@ -218,7 +228,6 @@ def trainer_options(config: BackboneConfig, folder: RunFolder) -> SFTConfig:
         max_grad_norm=1.0,
         logging_steps=config.validate_every,
         save_steps=config.validate_every,
-        save_total_limit=1,
         seed=config.seed,
         use_cpu=config.device == "cpu",
         bf16=config.dtype == "bfloat16",
@@ -231,24 +240,47 @@ def trainer_options(config: BackboneConfig, folder: RunFolder) -> SFTConfig:
     )
 
 
-def last_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [file.parent for file in folder.checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+class Stopping(TrainerCallback):
+    """A signal to stop is obeyed after a step, with a checkpoint."""
+
+    def __init__(self, signals: StopSignals):
+        self.signals = signals
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.signals.asked is not None:
+            control.should_save = control.should_training_stop = True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = cli.parse(BackboneConfig, arguments)
     check(config)
-    folder = RunFolder.create(config.out, config, config.resume)
+    out = RunFolder.begun(config.out, config, config.resume) if leads() else nullcontext(RunFolder(config.out))
+    with deterministic(config.deterministic), out as folder:
+        run(config, folder)
+
+
+def leads() -> bool:
+    """Whether this is the first of the processes that accelerate launches."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(config: BackboneConfig, folder: RunFolder) -> None:
+    """Train, or finish training, in ``folder``, and save the model there."""
+    first = leads()
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     backbone = build(config, train)
     options = trainer_options(config, folder)
-    checkpoint = last_checkpoint(folder) if config.resume else None
+    checkpoint = next(reversed(checkpoints(folder.checkpoints)), None) if config.resume else None
+    if checkpoint is None and first:
+        folder.truncate_metrics(0)
+    elif first:
+        folder.drop_metrics_after(step_of(checkpoint))
     if checkpoint is None and config.backbone == "scratch" and config.vision_steps:
         began = time.time()
         loss = prepare_vision(config, backbone, train)
-        folder.log(vision_loss=round(loss, 5), seconds=round(time.time() - began, 1))
+        if first:
+            folder.log(vision_loss=round(loss, 5), seconds=round(time.time() - began, 1))
+    signals = StopSignals(waits=True)
     trainer = ElasticTrainer(
         backbone,
         train,
@@ -259,11 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options,
         lora_config(backbone, config.lora_rank) if config.lora_rank else None,
         optimizers=(optimizer(config, backbone), None),
-        callbacks=[Journal(folder, backbone, validation)],
+        callbacks=[Journal(folder, backbone, validation), Stopping(signals)],
     )
-    if checkpoint is not None:
-        folder.drop_metrics_after(int(checkpoint.name.split("-")[1]))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with signals:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():
         save(config, folder, trainer, backbone)
 
@@ -277,4 +308,4 @@ def save(config: BackboneConfig, folder: RunFolder, trainer: ElasticTrainer, bac
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.RESUME)

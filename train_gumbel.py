@@ -13,14 +13,17 @@ import torch
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.errors import InputError
+from backbones.errors import InputError, queries_named
+from backbones.finite import refuse_bad_gradients
 from envs import load_queries
 from envs.core import draw_budgets
 from envs.scoring import reference
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.determinism import deterministic
 from eval.report import markdown
 from eval.runs import RunFolder
+from eval.stopping import StopSignals
 from eval.tracking import Tracker
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
 from policies.adallava_training import AdaLlavaLearner
@@ -30,6 +33,7 @@ from policies.checkpoints import (
     random_state,
     restore_optimizer,
     restore_random_state,
+    restoring,
     save_checkpoint,
 )
 from policies.controller import TwoLevelController
@@ -145,8 +149,10 @@ class Trainer:
         self.learner = learner(config, backbone)
         self.controller = self.learner.controller
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.learning_rate)
+        refuse_bad_gradients(self.optimizer, self._where)
         self.bank = EncodingBank(backbone, load_queries(config.data, "train"))
         self.queries = 0
+        self._recent: list[dict[str, float]] = []
 
     @property
     def progress(self) -> float:
@@ -168,16 +174,18 @@ class Trainer:
         """One gradient step.
 
         Raises:
-            InputError: a loss that is not finite.
+            InputError: a loss, or a gradient, that is not finite; nothing is learnt from it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * (1 - self.progress)
-        parts = self.learner.losses(self.draw(), self.progress)
+        batch = self.draw()
+        self._ids = batch.prompts.ids
+        parts = self.learner.losses(batch, self.progress)
         weighted = [part for name, part in parts.items() if name in ("answer", "cost", "distillation")]
         loss = torch.stack(weighted).sum()
         if not torch.isfinite(loss):
             raise InputError(
-                f"the loss is {loss.item()} after {self.queries} queries; lower --learning-rate "
+                f"the loss is {loss.item()} {self._where()}; lower --learning-rate "
                 f"(now {self.config.learning_rate:g}) or raise the last of --temperatures"
             )
         self.optimizer.zero_grad()
@@ -189,23 +197,31 @@ class Trainer:
         self.queries += self.config.batch_size
         return {"reward": -loss.item(), **{name: part.item() for name, part in parts.items()}}
 
+    def _where(self) -> str:
+        return f"after {self.queries} queries, in the next batch ({queries_named(self._ids)})"
+
     def train(self) -> None:
-        """Until ``total_queries`` are answered."""
-        recent: list[dict[str, float]] = []
-        config = self.config
-        with tqdm(total=config.total_queries, initial=self.queries, desc="train", unit="query") as bar:
-            while self.queries < config.total_queries:
-                if not recent:
+        """Until ``total_queries`` are answered, or a signal to stop has come."""
+        total = self.config.total_queries
+        if self.queries >= total:  # resumed after its last checkpoint
+            return
+        with (
+            StopSignals(waits=True) as signals,
+            tqdm(total=total, initial=self.queries, desc="train", unit="query") as bar,
+        ):
+            while self.queries < total:
+                signals.obey(self.save)
+                if not self._recent:
                     self._between_lines()
-                recent.append(self.step())
-                bar.update(config.batch_size)
-                if len(recent) == LOG_EVERY or self.queries >= config.total_queries:
-                    means = {name: float(np.mean([line[name] for line in recent])) for name in recent[0]}
+                self._recent.append(self.step())
+                bar.update(self.config.batch_size)
+                if len(self._recent) == LOG_EVERY or self.queries >= total:
+                    means = {name: float(np.mean([line[name] for line in self._recent])) for name in self._recent[0]}
                     bar.set_postfix(answer=f"{means['answer']:.3f}", flops=f"{means['soft_flops']:.2f}")
                     self.journal.write(self.queries, means)
-                    recent = []
-        self.journal.validate(self.queries, self.controller)
-        self.save()
+                    self._recent = []
+            self.journal.validate(self.queries, self.controller)
+            self.save()
 
     def cost_gap(self) -> list[tuple[str, str, str]]:
         """What relaxed plans and executed ones cost on the validation split, at the budgets of the final table that can
@@ -236,26 +252,28 @@ class Trainer:
         weights = {f"controller.{name}": value for name, value in self.controller.state_dict().items()}
         tensors = {**weights, **optimizer_tensors(self.optimizer), **random_tensors}
         tensors |= {} if self.tuning is None else self.tuning.tensors()
-        state = {"queries": self.queries, "random": random_rest, **self.journal.state()}
+        state = {"queries": self.queries, "recent": self._recent, "random": random_rest, **self.journal.state()}
         save_checkpoint(self.journal.folder.checkpoints, self.queries, tensors, state)
 
     def restore(self) -> None:
         """Continue from the run's last checkpoint, if it has one."""
         loaded = load_checkpoint(self.journal.folder.checkpoints)
         if loaded is None:
+            self.journal.folder.truncate_metrics(0)
             return
         tensors, state = loaded
-        prefix = "controller."
-        weights: dict[str, Any] = {
-            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-        }
-        self.controller.load_state_dict(weights)
-        restore_optimizer(self.optimizer, tensors)
-        if self.tuning is not None:
-            self.tuning.restore(tensors)
-        self.queries = state["queries"]
-        self.journal.load_state(state)
-        restore_random_state(tensors, state["random"])
+        with restoring(self.journal.folder.checkpoints):
+            prefix = "controller."
+            weights: dict[str, Any] = {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
+            self.controller.load_state_dict(weights)
+            restore_optimizer(self.optimizer, tensors)
+            if self.tuning is not None:
+                self.tuning.restore(tensors)
+            self.queries, self._recent = state["queries"], state["recent"]
+            self.journal.load_state(state)
+            restore_random_state(tensors, state["random"])
 
 
 IDLE_FOR_ADALLAVA = (
@@ -281,7 +299,18 @@ def main() -> None:
     began = time.time()
     config = cli.parse(GumbelConfig)
     config.check()
-    folder = RunFolder.create(config.out, config, config.resume)
+    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+        run(config, folder, began)
+
+
+def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
+    """Train, or finish training, in ``folder``, and evaluate.
+
+    Args:
+        config: checked.
+        folder: of the run.
+        began: time, in seconds.
+    """
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
     backbone = config.load(config.backbone)
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
@@ -293,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.RESUME)

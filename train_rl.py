@@ -17,13 +17,16 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from backbones import Backbone
+from backbones.errors import InputError
 from envs import MaskingCore, MaskingVecEnv
 from envs.ray_core import RayCore
 from envs.sb3_env import info_columns
 from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.determinism import deterministic
 from eval.runs import RunFolder
-from eval.timing import load_latency_model
+from eval.stopping import StopSignals
+from eval.timing import how_to_calibrate, load_latency_model
 from eval.tracking import Tracker
 from policies.checkpoints import (
     load_checkpoint,
@@ -31,6 +34,7 @@ from policies.checkpoints import (
     random_state,
     restore_optimizer,
     restore_random_state,
+    restoring,
     save_checkpoint,
 )
 from policies.controller import TwoLevelController
@@ -102,6 +106,10 @@ class RLConfig(ControllerRunConfig):
         if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
             why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
             raise cli.InputError(f"--workers is {self.workers}; {why}")
+        if self.latency_model is None and "latency" in [part.rpartition("*")[2] for part in self.reward]:
+            raise cli.InputError(
+                f"--reward latency needs --latency-model FILE; make one with: {how_to_calibrate(self.backbone)}"
+            )
         if not self.clip_range > 0 or self.entropy < 0:
             raise cli.InputError(
                 f"--clip-range {self.clip_range:g} must be above 0, --entropy {self.entropy:g} at least 0"
@@ -162,13 +170,14 @@ class RunCallback(BaseCallback):
         config: the run's options.
         journal: where metrics go.
         venv: the environment, whose state goes into checkpoints.
+        signals: to stop, between two updates.
     """
 
     INFO = ("accuracy", "flops", "budget", "kept_tokens", "kept_heads", "kept_layers")
 
-    def __init__(self, config: RLConfig, journal: RunJournal, venv: MaskingVecEnv):
+    def __init__(self, config: RLConfig, journal: RunJournal, venv: MaskingVecEnv, signals: StopSignals):
         super().__init__()
-        self.config, self.journal, self.venv = config, journal, venv
+        self.config, self.journal, self.venv, self.signals = config, journal, venv, signals
         self.tuning = config.tuning(venv.core.backbone)
         self._rollout: list[dict[str, np.ndarray]] = []
         self._executed: list[tuple[np.ndarray, np.ndarray]] = []
@@ -208,6 +217,7 @@ class RunCallback(BaseCallback):
             self.journal.validate(self.queries, self._controller())
         if self.journal.due_checkpoint(self.queries):
             self.save()
+        self.signals.obey(self.save)
 
     def _on_training_end(self) -> None:
         self._log_rollout()
@@ -251,19 +261,23 @@ class RunCallback(BaseCallback):
         """Continue from the run's last checkpoint, if it has one."""
         loaded = load_checkpoint(self.journal.folder.checkpoints)
         if loaded is None:
+            self.journal.folder.truncate_metrics(0)
             return
         tensors, state = loaded
-        policy = {name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")}
-        model.policy.load_state_dict(policy)
-        restore_optimizer(model.policy.optimizer, tensors)
-        if self.tuning is not None:
-            self.tuning.restore(tensors)
-        model.num_timesteps = state["queries"] * self.config.plans_per_query
-        model._n_updates = state["updates"]  # type: ignore[attr-defined]
-        model._last_obs = self.venv.load_state(state["environment"])
-        model._last_episode_starts = np.ones(self.venv.num_envs, bool)
-        self.journal.load_state(state)
-        restore_random_state(tensors, state["random"])
+        with restoring(self.journal.folder.checkpoints):
+            policy = {
+                name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")
+            }
+            model.policy.load_state_dict(policy)
+            restore_optimizer(model.policy.optimizer, tensors)
+            if self.tuning is not None:
+                self.tuning.restore(tensors)
+            model.num_timesteps = state["queries"] * self.config.plans_per_query
+            model._n_updates = state["updates"]  # type: ignore[attr-defined]
+            model._last_obs = self.venv.load_state(state["environment"])
+            model._last_episode_starts = np.ones(self.venv.num_envs, bool)
+            self.journal.load_state(state)
+            restore_random_state(tensors, state["random"])
 
 
 def train(
@@ -272,16 +286,19 @@ def train(
     """Train, or finish training, in ``folder``."""
     model, venv = build(config)
     journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl")
-    callback = RunCallback(config, journal, venv)
-    if config.resume:
-        callback.restore(model)
-    remaining = config.total_queries * config.plans_per_query - model.num_timesteps
-    if remaining > 0:
-        try:
-            model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
-        finally:
-            callback.bar.close()
-        callback.save()
+    with StopSignals(waits=True) as signals:
+        callback = RunCallback(config, journal, venv, signals)
+        if config.resume:
+            callback.restore(model)
+        remaining = config.total_queries * config.plans_per_query - model.num_timesteps
+        if remaining > 0:
+            try:
+                model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
+            except InputError as error:
+                raise InputError(f"{error}; after {callback.queries} queries, the last checkpoint is kept") from error
+            finally:
+                callback.bar.close()
+            callback.save()
     assert isinstance(model.policy, TwoLevelPolicy)
     return model.policy.controller, venv.core.backbone, callback.tuning
 
@@ -290,11 +307,11 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
-    folder = RunFolder.create(config.out, config, config.resume)
-    tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
-    controller, backbone, tuning = train(config, folder, tracker)
-    conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
+    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+        tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
+        controller, backbone, tuning = train(config, folder, tracker)
+        conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, cli.RESUME)

@@ -22,7 +22,7 @@ from backbones.arrange import arrange
 from backbones.cost import Cost
 from backbones.decoder import MaskedDecoder
 from backbones.encoding import EncodedImage, Encoding, Query
-from backbones.errors import InputError
+from backbones.errors import InputError, check_count
 from backbones.family import Family
 from backbones.kv_cache import KVCache
 from backbones.masks import MaskLayout, Masks
@@ -82,7 +82,9 @@ class Backbone:
         if max_visual_tokens is not None:
             family.limit_visual_tokens(max_visual_tokens)
         text = self.model.config.text_config
-        slots = heads or text.num_key_value_heads
+        slots = text.num_key_value_heads if heads is None else heads
+        for option, count in (("heads", slots), ("expected_answer_tokens", expected_answer_tokens)):
+            check_count(option, count)
         self.decoder = MaskedDecoder(family.decoder, self.model.lm_head, slots, width, attention)
         self.layout = MaskLayout(
             family.most_visual_tokens, text.num_hidden_layers, self.decoder.slots, tuple(protected_layers)
@@ -119,9 +121,12 @@ class Backbone:
         """Encode queries without a bank.
 
         Raises:
-            InputError: a query that fails: without an image or with several, an image that the model cannot take, a
-                question that holds the image token or is longer than the model's context; the message names the query.
+            InputError: no queries, or one that fails: without an image or with several, an image that the model cannot
+                take, a question that is no text, holds the image token or is longer than the model's context; the
+                message names the query.
         """
+        if not queries:
+            raise InputError("there are no queries to encode; give one or more")
         ids = [query.id for query in queries]
         return self.assemble(
             self.encode_images([query.the_image() for query in queries], ids),
@@ -298,6 +303,10 @@ class Backbone:
         """Each prompt's ids before and after the image placeholder."""
         prompts = []
         for row, question in enumerate(questions):
+            if not isinstance(question, str):
+                raise InputError(
+                    f"the question of {_called(ids, row)} is of type {type(question).__name__}; give a text"
+                )
             try:
                 prompts.append(self.prompt_ids(question))
             except InputError as error:
@@ -335,18 +344,32 @@ class Backbone:
         """The plans without the visual tokens that an image does not have.
 
         Raises:
-            InputError: masks of another layout or number of rows, or a plan without layers.
+            InputError: masks of another layout, number of rows, type or device, or a plan without layers or without
+                protected ones.
         """
-        layout = self.layout
-        expected = (len(encoding), layout.tokens), (len(encoding), layout.layers, layout.heads)
-        if (tuple(masks.tokens.shape), tuple(masks.heads.shape)) != expected:
-            raise InputError(
-                f"the masks are for (queries, visual tokens) {tuple(masks.tokens.shape)} and (queries, layers, heads) "
-                f"{tuple(masks.heads.shape)}; here they must be {expected[0]} and {expected[1]}"
-            )
+        layout, rows = self.layout, len(encoding)
+        parts = {"(queries, visual tokens)": masks.tokens, "(queries, layers, heads)": masks.heads}
+        parts["(queries, layers)"] = masks.layers
+        shapes = [tuple(part.shape) for part in parts.values()]
+        expected = [(rows, layout.tokens), (rows, layout.layers, layout.heads), (rows, layout.layers)]
+        if shapes != expected:
+            given = ", ".join(f"{name} {shape}" for name, shape in zip(parts, shapes, strict=True))
+            raise InputError(f"the masks are for {given}; here they must be {', '.join(map(str, expected))}")
+        device = encoding.visual_BND.device
+        for name, part in parts.items():
+            if part.dtype != torch.bool or part.device != device:
+                raise InputError(
+                    f"the mask {name} is of {part.dtype} on {part.device}; it must be of torch.bool on {device}"
+                )
         if not bool(masks.layers.any(1).all()):
             row = int((~masks.layers.any(1)).nonzero()[0])
             raise InputError(f"the plan at row {row} keeps no layer; a plan must keep at least one")
+        protected = list(layout.protected_layers)
+        if protected and not bool(masks.heads[:, protected].all() & masks.layers[:, protected].all()):
+            raise InputError(
+                f"a plan drops layer {protected[0]}, or head slots of it, or of another of the protected layers "
+                f"{', '.join(map(str, protected))}; these always run in full: make plans by layout.unflatten"
+            )
         for stage in masks.stages:
             if not 0 <= stage.layer < layout.layers:
                 raise InputError(f"a stage stands before layer {stage.layer}; the layers are 0 to {layout.layers - 1}")
@@ -392,8 +415,12 @@ class Backbone:
             masks: B plans.
             max_new_tokens: answers are cut at this many tokens.
             references: one answer a row whose log-likelihood is wanted, from the same prefill.
+
+        Raises:
+            InputError: no tokens to answer with, other numbers of references than rows, or one without tokens.
         """
-        reference_ids = None if references is None else [self.answer_ids(reference) for reference in references]
+        check_count("max_new_tokens", max_new_tokens)
+        reference_ids = None if references is None else self._reference_ids(references, encoding)
         longest = max((len(ids) for ids in reference_ids or []), default=0)
         logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1 or longest > 1)
         likelihood = None
@@ -405,6 +432,7 @@ class Backbone:
     @torch.no_grad()
     def stream(self, encoding: Encoding, masks: Masks, max_new_tokens: int = 1) -> Iterator[Answers]:
         """The answers so far after each step; the last are those of ``answer`` with the same arguments."""
+        check_count("max_new_tokens", max_new_tokens)
         logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1)
         for tokens in self._generate(logits_BV, max_new_tokens, encoding, kv):
             yield Answers([self._decode_ids(tuple(ids)) for ids in tokens], [list(ids) for ids in tokens], None, masks)
@@ -414,6 +442,18 @@ class Backbone:
         result = self.answer(encoding, masks, max_new_tokens=1, references=answers).log_likelihood
         assert result is not None
         return result
+
+    def _reference_ids(self, references: Sequence[str], encoding: Encoding) -> list[list[int]]:
+        if len(references) != len(encoding):
+            raise InputError(f"{len(references)} references were given for {len(encoding)} queries; give one each")
+        ids = [self.answer_ids(reference) for reference in references]
+        empty = next((row for row, own in enumerate(ids) if not own), None)
+        if empty is not None:
+            raise InputError(
+                f"the answer {references[empty]!r} of {_called(encoding.ids, empty)} has no tokens, so no likelihood; "
+                "give it a text, or leave the query out"
+            )
+        return ids
 
     def _score(self, logits_BV: Tensor, references: list[list[int]], encoding: Encoding, kv: KVCache | None) -> Tensor:
         """Teacher-forced log-probability of the references, read off a fork of the cache."""

@@ -1,4 +1,9 @@
-"""The one exception type for bad input, and what it quotes of others."""
+"""The one exception type for bad input, and what its messages quote and say alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -10,5 +15,22 @@ class InputError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of somebody else's says, as far as it goes into a message of one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error of somebody else's says, as far as it goes into a message of one line: below a heading, if any."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def queries_named(ids: Sequence[str]) -> str:
+    """The first of some query ids, for a message."""
+    shown = ", ".join(ids[:3])
+    return f"queries {shown}{', …' if len(ids) > 3 else ''}" if ids else "no query ids known"
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no number of things.
+
+    Raises:
+        InputError: something else than a whole number of at least 1.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name} is {value!r}; it must be at least 1, and a whole number")

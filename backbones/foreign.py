@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from backbones.errors import InputError, first_line
 from backbones.families import FAMILIES
-from backbones.json_files import read_json
+from backbones.plain_files import read_json
 from backbones.tensor_files import tensor_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -30,15 +30,19 @@ def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = M
         InputError: no such file, one that cannot be decoded, or one that is too large.
     """
     try:
-        opened = Image.open(file, formats=FORMATS)
-        width, height = opened.size
-        if width * height <= most_pixels:
-            return opened.convert("RGB")
+        with Image.open(file, formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height <= most_pixels:
+                return opened.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"{called} does not exist") from error
-    except Image.DecompressionBombWarning as error:  # where warnings are errors
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the latter where it is an error
         raise InputError(f"{called} is too large to be decoded ({error}); scale it down") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{called} cannot be decoded (it is in no known image format); replace or remove it"
+        ) from error
+    except Exception as error:  # decoders meet what they do not expect, and raise many kinds
         raise InputError(f"{called} cannot be decoded ({error}); replace or remove it") from error
     raise InputError(
         f"{called} has {width:,} x {height:,} pixels; at most {most_pixels / 1e6:g} million are taken: scale it down"

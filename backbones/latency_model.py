@@ -6,6 +6,7 @@ Shape legend: B plans, F features.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
-from backbones.json_files import read_json
 from backbones.masks import Masks
+from backbones.plain_files import MALFORMED, read_json
 
 FEATURES = ("one call", "layers run", "weights read", "linear FLOPs", "attention FLOPs")
 
@@ -62,7 +64,7 @@ class LatencyModel:
         return features_BF @ torch.tensor(self.weights, dtype=torch.float64, device=features_BF.device)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
@@ -74,10 +76,10 @@ class LatencyModel:
         try:
             fields = read_json(path)
             weights = tuple(float(weight) for weight in fields["weights"])
-            if len(weights) != len(FEATURES) or min(weights) < 0:
+            if len(weights) != len(FEATURES) or not all(0 <= weight < math.inf for weight in weights):
                 raise ValueError(f"{len(FEATURES)} non-negative weights expected")
             return cls(str(fields["device"]), str(fields["backbone"]), weights, float(fields["error"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise InputError(f"no readable latency model in {str(path)!r} ({error}); calibrate anew") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,18 @@ def load_backbone(
             pickles, or a device that isn't there.
     """
     folder = TINY_FOLDER if name == "tiny" else Path(name)
-    looks_local = name == "tiny" or folder.exists() or name.startswith((".", "/", "~"))
+    looks_local = name == "tiny" or os.path.exists(folder) or name.startswith((".", "/", "~"))
     where: str | Path = folder if looks_local else name
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
     check_placement(dtype, device)
+    if looks_local and not os.path.isdir(folder.expanduser()):
+        problem = "it is a file" if os.path.isfile(folder) else "there is no such folder"
+        raise InputError(f"backbone {name!r} could not be read ({problem}); check the folder")
     adapters = where if holds_adapters(where) else None
     if isinstance(adapters, Path):
         base = base_of(adapters, name)
-        where = TINY_FOLDER if base == "tiny" else Path(base) if Path(base).exists() else base
+        where = TINY_FOLDER if base == "tiny" else Path(base) if os.path.exists(base) else base
     try:
         check_files(where, name)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
@@ -88,8 +92,8 @@ def check_placement(dtype: torch.dtype, device: torch.device | str) -> None:
     Raises:
         InputError: naming it.
     """
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype is {dtype!r}; it must be a torch dtype, such as torch.float32")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; it must be a torch dtype of floating point, such as torch.float32")
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.errors import InputError
-from backbones.json_files import read_json
+from backbones.plain_files import MALFORMED, read_json
 from backbones.tensor_files import tensor_shapes
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,6 +84,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     try:
         fields = read_json(folder / SETTINGS)
         fields["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"backbone {name!r} has an unreadable {SETTINGS} ({error!r})") from error
+    except MALFORMED as error:
+        raise InputError(
+            f"backbone {name!r} has an unreadable {SETTINGS} ({error!r}); save the adapters again"
+        ) from error
     return fields

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.errors import InputError
+from backbones.errors import InputError, check_count
 from backbones.midway import Midway
 from backbones.stages import Stage, cat_stages
 from backbones.survivors import Survivors
@@ -136,8 +136,7 @@ class MaskLayout:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"MaskLayout.{name} is {getattr(self, name)}; it must be at least 1")
+            check_count(f"MaskLayout.{name}", getattr(self, name))
         outside = [layer for layer in self.protected_layers if not 0 <= layer < self.layers]
         if outside:
             raise InputError(f"protected layers {outside} do not exist; the layout has layers 0 to {self.layers - 1}")
@@ -182,7 +181,10 @@ class MaskLayout:
         Raises:
             InputError: a length other than A, or a value other than 0 and 1.
         """
-        actions = np.atleast_2d(np.asarray(actions))
+        try:
+            actions = np.atleast_2d(np.asarray(actions))
+        except ValueError:  # rows of different lengths
+            actions = np.empty((1, 0))
         if actions.ndim != 2 or actions.shape[1] != self.size:
             raise InputError(
                 f"an action has shape {actions.shape[1:]}; this layout ({self.tokens} tokens + {self.layers} x "

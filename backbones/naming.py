@@ -28,7 +28,7 @@ def parse_options(maker: Callable[..., Any], what: str, options: str, hidden: Co
         hidden: parameters that are not options.
 
     Raises:
-        InputError: an unknown option, or a value of another kind.
+        InputError: an unknown option, one given twice, or a value of another kind.
     """
     fixed = maker.keywords if isinstance(maker, partial) else {}
     parameters = inspect.signature(maker, eval_str=True).parameters.values()
@@ -36,6 +36,8 @@ def parse_options(maker: Callable[..., Any], what: str, options: str, hidden: Co
     parsed = {}
     for option in options.split(",") if options else []:
         key, _, value = option.partition("=")
+        if key in parsed:
+            raise InputError(f"{what} is given {key} twice; leave out {option!r}, or the other")
         try:
             parsed[key] = kinds[key][1](value)
         except (KeyError, ValueError) as error:

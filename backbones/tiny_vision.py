@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backbones.backbone import Backbone
+from backbones.errors import InputError
 from backbones.wording import words_and_pairs
 
 
@@ -61,6 +62,9 @@ def train_vision(
         steps: optimiser steps.
         images: B, images a step.
         seed: of the draws.
+
+    Raises:
+        InputError: a loss that is not finite.
     """
     head = torch.nn.Linear(backbone.hidden, labels.shape[1])
     towers = backbone.model.model.vision_tower, backbone.model.model.multi_modal_projector
@@ -73,6 +77,8 @@ def train_vision(
         visual_BND = torch.stack(list(backbone.family.features(pixels(picked))))
         logits_BK = head(visual_BND).logsumexp(1) - math.log(visual_BND.shape[1])
         loss = F.binary_cross_entropy_with_logits(logits_BK, labels[torch.from_numpy(picked)])
+        if not loss.isfinite():
+            raise InputError(f"the vision tower's loss is {loss.item()} at its step {step}; look at the images")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank, QuerySource
-from backbones.errors import InputError
+from backbones.errors import InputError, check_count
+from backbones.finite import check_finite
 from backbones.latency_model import LatencyModel
 from backbones.loading import load_backbone
 from backbones.masks import Masks
@@ -27,6 +28,7 @@ from envs.rewards import Reward, RewardTerms, WeightedReward
 from envs.scoring import longest_answer, reference, score
 
 OBSERVATIONS = ("id", "features")
+OVERFLOW = "look at its weights, or give --dtype a wider type"
 MAX_TEXT_TOKENS = 64
 """Text tokens in a ``features`` observation; longer prompts are refused there."""
 
@@ -74,10 +76,8 @@ class MaskingCore:
         positions: str = "original",
         merge: bool = False,
     ):
-        if len(budgets) != 2 or not 0 < budgets[0] <= budgets[1] <= 1:
-            raise InputError(
-                f"budgets are {tuple(budgets)}; give a lower and an upper bound with 0 < lower <= upper <= 1"
-            )
+        if not _are_bounds(budgets):
+            raise InputError(f"budgets are {budgets!r}; give a lower and an upper bound with 0 < lower <= upper <= 1")
         if observation not in OBSERVATIONS:
             raise InputError(f"observation is {observation!r}; it must be one of {', '.join(OBSERVATIONS)}")
         self.reward = WeightedReward(reward)
@@ -88,6 +88,7 @@ class MaskingCore:
         self.observation = observation
         self.controller_flops = controller_flops
         self.max_new_tokens = longest_answer(self.source) if max_new_tokens is None else max_new_tokens
+        check_count("max_new_tokens", self.max_new_tokens)
         self.latency_model = latency_model
         self.layout = self.backbone.layout
         self.positions, self.merge = positions, merge
@@ -162,13 +163,18 @@ class MaskingCore:
     def execute(
         self, numbers: np.ndarray, budgets: np.ndarray, actions: np.ndarray
     ) -> tuple[RewardTerms, dict[str, np.ndarray]]:
-        """What ``step`` does before it rewards: the raw terms, and the FLOPs part by part, each (B,)."""
+        """What ``step`` does before it rewards: the raw terms, and the FLOPs part by part, each (B,).
+
+        Raises:
+            InputError: logits of the backbone that are not finite.
+        """
         plans = self.layout.parse(actions).to(self.backbone.device)
         encoding = self.bank.gather(numbers)
         masks = self.backbone.restrict(encoding, self.laid_out(plans))
         references = [reference(accepted) for accepted in encoding.answers]
         answers = self.backbone.answer(encoding, masks, self.max_new_tokens, references)
         assert answers.log_likelihood is not None
+        check_finite("the VLM's logits are", answers.log_likelihood, encoding.ids, OVERFLOW)
         charge = self.controller_flops
         charged = charge(encoding.text_tokens) if callable(charge) else charge
         cost = self.backbone.cost(encoding, masks, charged)
@@ -196,6 +202,14 @@ class MaskingCore:
             return None
         predict = partial(self.latency_model.predict, self.backbone, encoding)
         return _array(predict(masks) / predict(self.backbone.full(encoding)))
+
+
+def _are_bounds(budgets: Any) -> bool:
+    try:
+        low, high = budgets
+        return bool(0 < low <= high <= 1)
+    except (TypeError, ValueError):  # no pair, or no numbers
+        return False
 
 
 def draw_budgets(rng: Any, bounds: Sequence[float], count: int | None = None) -> Any:

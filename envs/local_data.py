@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from backbones.errors import InputError
+from backbones.errors import InputError, first_line
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
@@ -52,8 +52,7 @@ def is_saved(path: Path) -> bool:
 
 def unreadable(path: Path, error: Exception) -> InputError:
     """What to say of a path that ``datasets`` cannot read."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return InputError(f"data {str(path)!r} could not be read ({reason})")
+    return InputError(f"data {str(path)!r} could not be read ({first_line(error)})")
 
 
 def pick_split(names: list[str], wanted: tuple[str, ...], path: Path) -> str:

@@ -47,12 +47,25 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
         """Draw a query and a budget; ``options={"query": number, "budget": share}`` fixes either."""
         super().reset(seed=seed)
         self._number, self._budget = self.core.draw(self.np_random)
-        options = options or {}
-        self._number = int(options.get("query", self._number))
-        self._budget = np.float32(options.get("budget", self._budget))
-        if not 0 < self._budget <= 1:
-            raise InputError(f"budget {self._budget} is outside (0, 1]")
+        self._fix(**(options or {}))
         return self._observation(), {}
+
+    def _fix(self, query: Any = None, budget: Any = None, **unknown: Any) -> None:
+        """What the options of ``reset`` say.
+
+        Raises:
+            InputError: an unknown option, a query number that the source does not have, or a budget outside (0, 1].
+        """
+        if unknown:
+            raise InputError(f"reset has no option {next(iter(unknown))!r}; it takes query and budget")
+        if query is not None:
+            if not isinstance(query, int | np.integer) or not 0 <= query < len(self.core.source):
+                raise InputError(f"query number {query} does not exist; the source has {len(self.core.source)} queries")
+            self._number = int(query)
+        if budget is not None:
+            if not isinstance(budget, int | float | np.floating) or not 0 < budget <= 1:
+                raise InputError(f"budget {budget} is outside (0, 1]; a budget is a share of the full plan's LLM FLOPs")
+            self._budget = np.float32(budget)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         outcome = self.core.step(np.array([self._number]), np.array([self._budget]), np.asarray(action)[None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from backbones.encoding import Query, no_image
@@ -47,7 +50,7 @@ class DatasetQueries:
 
     Raises:
         InputError: a missing column, a column ``image`` of something else (lists of images, say), answers that are no
-            lists, an unknown rule, or no rows.
+            lists of at least one text, a question that is no text, an unknown rule, or no rows.
     """
 
     def __init__(self, dataset: datasets.Dataset, name: str, split: str):
@@ -65,6 +68,7 @@ class DatasetQueries:
         self._columns = _stored(dataset.select_columns(texts)) | _stored(_undecoded(dataset, name, images))
         self._rows: Sequence[int] = range(len(dataset))
         _check_answers(self._columns["answers"], name)
+        _check_questions(self._columns["question"], name)
         self.rules = _rules(self._columns.get("scoring"), name)
         self.patches = list(dataset["patches"]) if "patches" in dataset.column_names else None
 
@@ -133,19 +137,31 @@ class DatasetQueries:
         return RULES[rule].metrics(Answered(texts, scores, kinds, groups, sizes))
 
     def head(self, limit: int | None) -> DatasetQueries:
-        """The first ``limit`` queries, or all."""
-        return self if limit is None or limit >= len(self) else self._only(range(limit))
+        """The first ``limit`` queries, or all.
 
-    def spread(self, limit: int) -> DatasetQueries:
+        Raises:
+            InputError: a limit below 1.
+        """
+        return self if limit is None or self._has_all(limit) else self._only(range(limit))
+
+    def spread(self, limit: int | None) -> DatasetQueries:
         """``limit`` queries, or all where there are fewer: from as many equal stretches one each, always the same.
 
         The place inside a stretch is drawn: a fixed step would meet the same kind of question again and again where an
         image's questions come in a fixed order.
+
+        Raises:
+            InputError: a limit below 1.
         """
-        if limit >= len(self):
+        if limit is None or self._has_all(limit):
             return self
         inside = np.random.default_rng(0).random(limit)
         return self._only(((np.arange(limit) + inside) * (len(self) / limit)).astype(int).tolist())
+
+    def _has_all(self, limit: int) -> bool:
+        if limit < 1:
+            raise InputError(f"limit is {limit}; it must be at least 1")
+        return limit >= len(self)
 
     def _only(self, numbers: Sequence[int]) -> DatasetQueries:
         part = object.__new__(DatasetQueries)
@@ -204,11 +220,26 @@ def _undecoded(dataset: datasets.Dataset, name: str, columns: Sequence[str]) -> 
 
 
 def _check_answers(answers: Any, name: str) -> None:
-    is_list = hasattr(answers.type, "value_type")
+    is_list = hasattr(answers.type, "value_type") and not pa.types.is_nested(answers.type.value_type)
     if is_list and not answers.null_count:
-        return
-    row = next(row for row, given in enumerate(answers) if not is_list or not given.is_valid)
-    raise InputError(f"data {name!r}, row {row}: answers is {answers[row].as_py()!r}; it must be a list of strings")
+        shortest, holes = pc.min(pc.list_value_length(answers)).as_py(), pc.list_flatten(answers).null_count
+        if shortest and not holes:
+            return
+    row = next(row for row, given in enumerate(answers) if not is_list or not given.as_py() or None in given.as_py())
+    raise InputError(
+        f"data {name!r}, row {row}: answers is {_shown(answers[row])}; it must be a list of strings, at least one"
+    )
+
+
+def _check_questions(questions: Any, name: str) -> None:
+    if pa.types.is_nested(questions.type) or questions.null_count:
+        row = next(row for row, given in enumerate(questions) if pa.types.is_nested(given.type) or not given.is_valid)
+        raise InputError(f"data {name!r}, row {row}: question is {_shown(questions[row])}; it must be a text")
+
+
+def _shown(cell: Any) -> str:
+    text = repr(cell.as_py())
+    return text if len(text) < 80 else f"{text[:80]}…"
 
 
 def _rules(scoring: Any | None, name: str) -> tuple[str | None, ...]:
@@ -263,9 +294,7 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; it must be at least 1")
-    whole = not Path(data).exists() and "+" in data
+    whole = not os.path.exists(data) and "+" in data
     parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
     if len(parts) > 1:
         parts = [_with_images(_with_ids(part)) for part in parts]
@@ -279,7 +308,7 @@ def _load(data: str, split: str) -> datasets.Dataset:
     name, _, options = data.partition(":")
     if name in NAMED:
         return NAMED[name](split, **parse_options(NAMED[name], f"data {name!r}", options, hidden=("split",)))
-    if Path(data).exists():
+    if os.path.exists(data):
         return load_path(Path(data), split)
     raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
 

@@ -7,13 +7,14 @@ that remembers gives ``state()`` and takes ``load_state()``, JSON data, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from backbones.errors import InputError
+from backbones.errors import InputError, queries_named
 from backbones.naming import import_dotted
 from envs.lagrangian import Lagrangian
 
@@ -41,6 +42,13 @@ class RewardTerms:
     kept_heads: np.ndarray
     kept_layers: np.ndarray
     latency: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        """What one reward reads is what the next one reads: the arrays cannot be written to."""
+        for name, values in self.as_dict().items():
+            seen = values.view()
+            seen.flags.writeable = False
+            object.__setattr__(self, name, seen)
 
     def __len__(self) -> int:
         return len(self.accuracy)
@@ -127,7 +135,7 @@ class WeightedReward:
         if callable(parts):
             self.parts: list[tuple[str, float, Reward]] = [(_name(parts), 1.0, parts)]
             return
-        specs = [parts] if isinstance(parts, str) else list(parts)
+        specs = list(parts) if isinstance(parts, Iterable) and not isinstance(parts, str) else [parts]
         if not specs:
             known = ", ".join([*REWARDS, *ADAPTIVE])
             raise InputError(f"no reward given; use one of {known}, or package.module:function")
@@ -163,34 +171,33 @@ def _evaluate(name: str, function: Reward, terms: RewardTerms, ids: Sequence[str
     try:
         values = np.asarray(function(terms), dtype=np.float64)
     except Exception as error:  # the user's own code: whatever it raises, say which reward it was
-        raise InputError(f"reward {name!r} raised {type(error).__name__}: {error} ({_some(ids)})") from error
+        raise InputError(f"reward {name!r} raised {type(error).__name__}: {error} ({queries_named(ids)})") from error
     if values.shape != (len(terms),):
         raise InputError(
             f"reward {name!r} returned shape {values.shape}; it must return one number a row, ({len(terms)},)"
         )
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        where = _some([ids[row] for row in bad.tolist()] if len(ids) else [])
+        where = queries_named([ids[row] for row in bad.tolist()] if len(ids) else [])
         raise InputError(f"reward {name!r} returned {values[bad[0]]} in {len(bad)} of {len(terms)} rows ({where})")
     return values
-
-
-def _some(ids: Sequence[str]) -> str:
-    shown = ", ".join(ids[:3])
-    return f"queries {shown}{', …' if len(ids) > 3 else ''}" if ids else "no query ids known"
 
 
 def _name(function: Reward) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _parse(spec: str) -> tuple[str, float, Reward]:
+def _parse(spec: object) -> tuple[str, float, Reward]:
+    if not isinstance(spec, str):
+        raise InputError(f"reward {spec!r} is of type {type(spec).__name__}; give a name or a path, such as accuracy")
     weight_text, star, name = spec.rpartition("*")
     try:
         weight = float(weight_text) if star else 1.0
+        if not math.isfinite(weight):
+            raise ValueError(weight)
     except ValueError as error:
         raise InputError(
-            f"reward {spec!r}: the weight {weight_text!r} is not a number; write e.g. 0.5*{name}"
+            f"reward {spec!r}: the weight {weight_text!r} is not a number that is finite; write e.g. 0.5*{name}"
         ) from error
     if name in REWARDS:
         return name, weight, REWARDS[name]

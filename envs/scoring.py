@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from backbones.errors import InputError
 from envs.accepted import Accepted
 from envs.benchmarks.rules import RULES
 
@@ -40,7 +41,13 @@ def score(answer: str, accepted: Sequence[str]) -> float:
 
 
 def reference(accepted: Sequence[str]) -> str:
-    """The answer whose likelihood is measured: the most frequent accepted one, the first among equals."""
+    """The answer whose likelihood is measured: the most frequent accepted one, the first among equals.
+
+    Raises:
+        InputError: none.
+    """
+    if not accepted:
+        raise InputError("a query has no accepted answers, and one is needed; give every query one, or leave it out")
     return Counter(accepted).most_common(1)[0][0]
 
 

@@ -26,6 +26,7 @@ from eval.scale_out import ScaleOut
 from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 from eval.tune import Tune
+from policies.keep import check_share
 
 
 @dataclass
@@ -85,19 +86,19 @@ class Run(cli.Placement):
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
         records: list[Record] = []
-        reasons: list[str] = []
+        left_out: dict[str, str] = {}
         how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict}
         for planner in planners:
             found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed, **how)
-            for budget, reason in gaps.items():
-                print(f"{planner.name} at {budget:g} is left out: {reason}", file=sys.stderr)
-            reasons += gaps.values()
+            left_out |= {f"{planner.name} at {budget:g}": reason for budget, reason in gaps.items()}
             own = [outcome.record for outcome in found]
             if self.timing:
                 add_timing(planner, backbone, first_queries(bank, self.timing), own)
             records += own
         if not records:
-            raise cli.InputError(reasons[0])
+            raise cli.InputError(next(iter(left_out.values())))
+        for planned, reason in left_out.items():
+            print(f"{planned} is left out: {reason}", file=sys.stderr)
         print(report.tables(records))
         cli.write_json(self.json, records)
         if self.plot is not None:
@@ -107,6 +108,8 @@ class Run(cli.Placement):
         if not self.policies:
             raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m eval run full")
         check_budgets(self.budgets)
+        for share in self.keep:
+            check_share(share)
         if self.keep and self.milliseconds:
             raise cli.InputError("--keep and --milliseconds both stand in place of --budgets; give one of them")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -213,7 +216,7 @@ class Elasticity(cli.Placement):
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         backbone = self.load(self.backbone)
         train, test = (load_queries(self.data, split) for split in ("train", "test"))
-        test = test.spread(self.limit or len(test))
+        test = test.spread(self.limit)
         bank = EncodingBank(backbone, test)
         kinds = elasticity.accuracy_by_kind(backbone, bank, test)
         question_only = float(question_only_accuracy(train, test, seed=self.seed).mean())
@@ -276,6 +279,8 @@ class Bench(cli.Placement):
 
     def run(self) -> None:
         cli.check_output("--json", self.json)
+        if not self.parts:
+            raise cli.InputError("--parts is empty; name what to measure: env, engine, data")
         entries = bench(self.load(self.backbone), self.data, self.parts, self.shape)
         print(bench_table(entries))
         cli.write_json(self.json, entries)
@@ -297,8 +302,8 @@ Command = (
 
 
 def main() -> None:
-    tyro.cli(Command, prog="python -m eval", description=__doc__).run()
+    cli.read_options(Command, prog="python -m eval", description=__doc__).run()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "the same command begins anew; an experiment goes on where it was")

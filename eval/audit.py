@@ -68,7 +68,7 @@ class Audit(cli.Placement):
             raise cli.InputError(f"--plans is {self.plans}; give a number of plans, or 0")
         backbone = self.load(backbone_of([self.policy], self.backbone))
         queries = load_queries(self.data, self.split)
-        queries = queries.spread(self.limit or len(queries))
+        queries = queries.spread(self.limit)
         planner = load_planner(self.policy, backbone, self.seed)
         if not planner.budgeted:
             raise cli.InputError(f"policy {self.policy!r} does not follow budgets; name one that does")

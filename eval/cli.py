@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from backbones import Backbone, load_backbone
+from backbones.atomic import write_atomically
 from backbones.errors import InputError as InputError
-from eval.runs import RunFolder, read_options, write_atomically
+from backbones.plain_files import read_config
+from eval.runs import RunFolder, check_place
+from eval.stopping import Stopped, StopSignals
 
 ConfigT = TypeVar("ConfigT")
+
+FRAME, RULE = str.maketrans(dict.fromkeys("│╭╮╰╯", " ")), re.compile("[─-]{10,}")
+"""What tyro draws around messages, and between their paragraphs."""
+
+
+RESUME = "go on with the same command and --resume"
+"""How a training that was stopped continues."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,13 +49,23 @@ class Placement:
         return load_backbone(backbone, getattr(torch, self.dtype), self.device)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command; bad input ends it with status 2 and one line on standard error."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
+    """Run a command. Bad input ends it with status 2 and one line on standard error, SIGINT and SIGTERM with the
+    statuses 130 and 143 and one line that says how to ``go_on``."""
+    with StopSignals():
+        try:
+            main()
+        except InputError as error:
+            _end(f"error: {' '.join(str(error).split())}", 2)
+        except Stopped as stopped:
+            _end(f"{stopped}; {go_on}", stopped.status)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    for bar in list(tqdm._instances):  # type: ignore[attr-defined]  # the line would stand behind an unfinished one
+        bar.close()
+    print(line, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:
@@ -49,20 +74,22 @@ def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> Conf
     With ``--resume`` they go over the options that the run in ``--out`` was begun with.
 
     Raises:
-        InputError: a YAML file that is missing, unreadable, or has unknown options.
+        InputError: an unknown option or a value that it does not take, on the command line or in the YAML file; a YAML
+            file that is missing or unreadable.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    defaults: dict[str, Any] = {}
+    given: list[str] = []
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):
             raise InputError("--config needs the path of a YAML file")
-        defaults = _fields(read_options(Path(arguments[place + 1])), config, arguments[place + 1])
+        file = Path(arguments[place + 1])
+        given = _as_arguments(read_config(file), config, str(file))
         del arguments[place : place + 2]
-    options: Any = tyro.cli(config, args=arguments, default=config(**defaults))
+    options: Any = read_options(config, [*given, *arguments])
     if getattr(options, "resume", False) and RunFolder(options.out).is_run():
-        begun = _fields(RunFolder(options.out).config(), config, str(options.out))
-        resumed = tyro.cli(config, args=arguments, default=config(**{**begun, **defaults}))
+        begun = _as_arguments(RunFolder(options.out).config(), config, str(options.out))
+        resumed = read_options(config, [*begun, *given, *arguments])
         _check_code(resumed, options)
         return resumed
     return options
@@ -84,21 +111,91 @@ def _check_code(resumed: Any, asked: Any) -> None:
         )
 
 
-def _fields(fields: dict[str, Any], config: Any, where: str) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(config)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise InputError(f"config {where!r} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any) -> Any:
+    """Options of a dataclass, or of one of several commands, from the command line.
+
+    Args:
+        config: what ``tyro.cli`` takes.
+        arguments: by default those of this process.
+        **how: of ``tyro.cli``.
+
+    Raises:
+        InputError: an unknown option, a value that it does not take, a number that is not finite, or a seed
+            that NumPy does not take.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options = tyro.cli(config, args=arguments, **how)
+    except SystemExit as stopped:
+        if not stopped.code:  # --help
+            raise
+        raise InputError(f"{_first_paragraph(said.getvalue())}; --help lists the options") from None
+    for name, value in vars(options).items():
+        _check_numbers(f"--{name.replace('_', '-')}", value, of_seeds=name in ("seed", "seeds"))
+    return options
+
+
+def _first_paragraph(framed: str) -> str:
+    """What is wrong, without the title and the frame around it and the advice below it."""
+    _, told, *_ = RULE.split(" ".join(framed.translate(FRAME).split()))
+    return told.partition("Got errors:")[0].strip(" .")
+
+
+def _check_numbers(option: str, value: Any, of_seeds: bool) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise InputError(f"{option} is {number}; it must be a finite number")
+        if of_seeds and not 0 <= number < 2**32:
+            raise InputError(f"{option} is {number}; a seed must be at least 0, and below 2^32")
+
+
+def _as_arguments(fields: dict[str, Any], config: Any, where: str) -> list[str]:
+    """A file's options as the command line would have them: what they take is said in one place.
+
+    Raises:
+        InputError: an unknown option, or a value that it does not take; the message names the file.
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in fields:
+        if name not in known:
+            raise InputError(f"config {where!r} has the unknown option {name!r}; known: {', '.join(sorted(known))}")
+    spelled = {name: _spelled(name, value, where) for name, value in fields.items()}
+    arguments = [argument for own in spelled.values() for argument in own]
+    try:
+        read_options(config, arguments)
+    except InputError:
+        for name, own in spelled.items():  # which it was
+            try:
+                read_options(config, own)
+            except InputError as error:
+                raise InputError(f"config {where!r} has {name}: {fields[name]!r} ({error})") from error
+        raise
+    return arguments
+
+
+def _spelled(name: str, value: Any, where: str) -> list[str]:
+    """An option of a file on the command line."""
+    option, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict | list) for item in values):
+        raise InputError(f"config {where!r} has a mapping or nested lists as {name}; give a value or a flat list")
+    if any(str(item).startswith("--") or item == "-h" for item in values):
+        raise InputError(f"config {where!r} has {name}: {value!r}; a value is no option of its own")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    return [f"--{option}", *map(str, values)]
 
 
 def check_output(option: str, path: Path | None) -> None:
     """Before the work, not after it.
 
     Raises:
-        InputError: a file that cannot be written for want of a folder.
+        InputError: a file that cannot be written: it has no folder, or a folder that may not be written to.
     """
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    check_place(path)
+    if path.is_dir() or not path.parent.is_dir():
         problem = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r} to lie in"
         raise InputError(f"{option} {str(path)!r} {problem}; name a file in a folder that exists")
 

@@ -17,12 +17,14 @@ from eval.cli import Placement
 from eval.clock import TrainingClock, throughput
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.runs import RunFolder
+from eval.timing import first_queries
 from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
 from policies.controller import ControllerConfig, TwoLevelController
 from policies.even import EvenPlanner
 from policies.layout import LaidOutPlanner
 from policies.learned import Controller, load_controller, planner_of, save_controller
+from policies.projection import least_share
 from policies.static.searched import SearchedOrder
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class ControllerRunConfig(Placement):
     """Queries to draw in training (rounded up to whole batches), each with a budget."""
     seed: int = 0
     """Of the controller's weights, the queries, the budgets and the plans."""
+    deterministic: bool = False
+    """Use only operations that give equal bits each time, and end with an error where there is none. On a CPU runs are
+    equal anyway; on a GPU they need it, and become slower."""
     out: Path = Path("runs/run")
     """Run folder to make."""
     resume: bool = False
@@ -110,6 +115,8 @@ class ControllerRunConfig(Placement):
         if self.initial_plan is not None and self.init_from is not None:
             raise InputError("--initial-plan has no effect on a controller that --init-from gives; leave one out")
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
+        if self.test_queries is not None:
+            self.check_at_least_one("test_queries")
         for name in ("initial_spread", "token_spread"):
             spread = getattr(self, name)
             if spread is not None and not 0 <= spread < 1000:
@@ -187,9 +194,23 @@ class RunJournal:
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
+        self._check_reach()
         self.lines = 0
         self.clock = TrainingClock(backbone.device)
         self.next_validation, self.next_checkpoint = config.validate_every, 0
+
+    def _check_reach(self) -> None:
+        """Before the training, not after it.
+
+        Raises:
+            InputError: test budgets that are all below what the smallest plan costs, by the first queries; or no query
+                that works.
+        """
+        encoding = self.backbone.encode(first_queries(self.validation, 8))
+        least = float(least_share(self.backbone, encoding, axes=check_axes(self.config.axes)).min())
+        if max(self.config.test_budgets) < least:
+            given = " ".join(f"{budget:g}" for budget in self.config.test_budgets)
+            raise InputError(f"--test-budgets {given} can never be met; the least budget here is {least:.4f}")
 
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
         """One line of metrics after so many queries."""
@@ -212,9 +233,11 @@ class RunJournal:
         self.clock.go_on()
 
     def due_validation(self, queries: int) -> bool:
-        """Whether one is due; asking settles it."""
+        """Whether one is due; asking settles it, however many have been passed: a resumed run asks again."""
         due = queries >= self.next_validation
-        self.next_validation += self.config.validate_every * due
+        if due:
+            every = self.config.validate_every
+            self.next_validation = (queries // every + 1) * every
         return due
 
     def due_checkpoint(self, queries: int) -> bool:

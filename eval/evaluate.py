@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,13 @@ def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
     """The budgets, if each is in (0, 1].
 
     Raises:
-        InputError: none given, or one outside.
+        InputError: none given, one that is no number, or one outside.
     """
-    if not budgets:
+    if not len(budgets):
         raise InputError("no budget given; give shares of the full plan's FLOPs in (0, 1], such as 0.5")
     for budget in budgets:
+        if not isinstance(budget, Real):
+            raise InputError(f"budget {budget!r} is no number; a budget is a share of the full plan's LLM FLOPs")
         if not 0 < budget <= 1:
             raise InputError(f"budget {budget:g} is outside (0, 1]; a budget is a share of the full plan's LLM FLOPs")
     return tuple(float(budget) for budget in budgets)

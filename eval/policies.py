@@ -9,9 +9,9 @@ prumerge+ then runs/rl       a token step, then a controller for the language mo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
@@ -38,7 +38,7 @@ def backbone_of(policies: Sequence[str], backbone: str | None) -> str:
     if backbone is not None:
         return backbone
     parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
-    runs = [RunFolder(part) for part in parts if part not in BASELINES and Path(part).exists()]
+    runs = [RunFolder(part) for part in parts if part not in BASELINES and os.path.exists(part)]
     names = sorted({run.backbone() for run in runs})
     if len(names) > 1:
         raise InputError(f"the runs are for different backbones ({', '.join(names)}); evaluate them one by one")
@@ -114,7 +114,16 @@ def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
         )
     function, _, options = options.partition(":")
     make = import_dotted(f"{name}:{function}", f"policy {base!r}", "a function or class of backbone and seed")
-    return make(backbone, seed, **parse_options(make, f"policy {base!r}", options, GIVEN))
+    try:
+        planner = make(backbone, seed, **parse_options(make, f"policy {base!r}", options, GIVEN))
+    except InputError:
+        raise
+    except Exception as error:  # the user's own code: whatever it raises, say which policy it was
+        raise InputError(f"policy {base!r} could not be made ({type(error).__name__}: {error}); mend it") from error
+    lacks = [part for part in ("name", "budgeted", "plan", "controller_flops") if not hasattr(planner, part)]
+    if lacks:
+        raise InputError(f"policy {base!r} is a {type(planner).__name__} without {lacks[0]!r}; see policies.Planner")
+    return planner
 
 
 def load_planners(

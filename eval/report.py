@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from backbones.atomic import write_atomically
 
 Record = dict[str, Any]
 
@@ -89,7 +92,14 @@ def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
     axes.set_title(f"{first['backbone']} on {first['data']} ({first['split']}, n = {first['n']:,})")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """As PNG, whatever the file is called."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    write_atomically(path, drawn.getvalue())
 
 
 def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
@@ -109,4 +119,4 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)

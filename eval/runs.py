@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from backbones.atomic import cannot_write, temporary, write_atomically
 from backbones.errors import InputError
+from backbones.plain_files import parse_json, read_config
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
-MOST_BYTES = 64 * 1024
-"""Of a file of options."""
-
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
 
 NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
@@ -44,13 +47,14 @@ class RunFolder:
 
         Raises:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
-                or by a run of another config.
+                by a run of another config, or by one that is going on; or nothing can be written there.
         """
+        check_place(Path(path))
         folder = cls(path)
         fields = {name: value for name, value in _plain(dataclasses.asdict(config)).items() if name not in NOT_OF_RUN}
         if folder.path.exists() and not folder.path.is_dir():
             raise InputError(f"output {str(path)!r} is a file; choose another --out")
-        if folder.path.exists() and any(folder.path.iterdir()):
+        if folder._is_begun():
             if not folder.is_run():
                 raise InputError(f"output {str(path)!r} exists and is not a run folder; choose another --out")
             if not resume:
@@ -61,15 +65,67 @@ class RunFolder:
                     f"output {str(path)!r} was begun with {changed[0]}={folder.config()[changed[0]]!r}, now "
                     f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
                 )
-            return folder
-        folder.path.mkdir(parents=True, exist_ok=True)
-        (folder.path / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
-        (folder.path / "command.txt").write_text(command_line() + "\n")
-        (folder.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        else:
+            make_folder(folder.path)
+            write_atomically(folder.path / CONFIG, yaml.safe_dump(fields, sort_keys=False).encode())
+        folder._say_how()
+        folder._hold()
         return folder
 
+    @classmethod
+    @contextmanager
+    def begun(cls, path: Path | str, config: Any, resume: bool = False) -> Iterator[RunFolder]:
+        """``create`` for the time of a training. Bad input that ends it before its first line of metrics leaves nothing
+        behind, so that the mended command finds the place free.
+
+        Raises:
+            InputError: as ``create``.
+        """
+        missing = check_place(Path(path))
+        new = not cls(path).is_run()
+        folder = cls.create(path, config, resume)
+        try:
+            yield folder
+        except InputError:
+            if new and not any(folder.checkpoints.glob("*-*")) and not folder.metrics():
+                for entry in folder.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                with suppress(OSError):  # a folder that others use by now
+                    for place in missing:
+                        place.rmdir()
+            raise
+
+    def _is_begun(self) -> bool:
+        """Whether anything is there, but for what a run leaves that was killed before it had written its config."""
+        leftover = temporary(self.path / CONFIG)
+        return self.path.exists() and any(path != leftover for path in self.path.iterdir())
+
+    def _say_how(self) -> None:
+        """Write down command and environment, unless an earlier attempt has."""
+        command, versions = self.path / COMMAND, self.path / "environment.json"
+        if not command.exists():
+            write_atomically(command, (command_line() + "\n").encode())
+        if not versions.exists():
+            write_atomically(versions, (json.dumps(environment(), indent=2) + "\n").encode())
+
+    def _hold(self) -> None:
+        """Lock the folder until this process ends, however it ends: two trainings would write into each other.
+
+        Raises:
+            InputError: another process has it.
+        """
+        held = os.open(self.path / COMMAND, os.O_RDWR)  # left open, for closing it would unlock
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"output {str(self.path)!r} is in use by another process; let it end, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            os.close(held)
+
     def is_run(self) -> bool:
-        return (self.path / "config.yaml").is_file()
+        return os.path.isfile(self.path / CONFIG)
 
     def config(self) -> dict[str, Any]:
         """The resolved config that the run was begun with.
@@ -79,7 +135,7 @@ class RunFolder:
         """
         if not self.is_run():
             raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
-        return read_options(self.path / "config.yaml")
+        return read_config(self.path / CONFIG)
 
     @property
     def checkpoints(self) -> Path:
@@ -115,6 +171,11 @@ class RunFolder:
         self._append(TIMING, timing)
 
     def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            InputError: a line that is no JSON object.
+        """
         return self._lines(METRICS)
 
     def timing(self) -> list[dict[str, Any]]:
@@ -123,7 +184,8 @@ class RunFolder:
     def truncate_metrics(self, keep: int) -> None:
         """Drop the lines, of metrics and timing, that a killed run wrote after its last checkpoint."""
         for name in (METRICS, TIMING):
-            self._rewrite(name, self._lines(name)[:keep])
+            if (self.path / name).exists():
+                self._rewrite(name, self._lines(name)[:keep])
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the lines of later steps than the one that a run resumes from."""
@@ -132,10 +194,17 @@ class RunFolder:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # checkpoints count the lines before them
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
+        """A line counts when it has its end: what comes after the last end, a crash has torn."""
         file = self.path / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        try:
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        except OSError as error:
+            raise InputError(f"{str(file)!r} cannot be read ({error.strerror}); restore or remove it") from error
+        return [_parsed(line, f"{str(file)!r}, line {number}") for number, line in enumerate(lines, 1)]
 
     def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -144,38 +213,46 @@ class RunFolder:
         write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
 
 
-def read_options(path: Path) -> dict[str, Any]:
-    """Options by name from a YAML file.
-
-    Raises:
-        InputError: no such file, one that is larger than any options are, or one that is no plain YAML mapping: without
-            aliases, which make a few lines stand for more than any memory holds.
-    """
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise InputError(f"{str(path)!r} has more than {MOST_BYTES // 1024} kB; it must hold a mapping of options")
-        text = content.decode()
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise InputError(f"{str(path)!r} has YAML aliases; write each option out")
-        fields = yaml.safe_load(text)
-    except FileNotFoundError as error:
-        raise InputError(f"config {str(path)!r} does not exist") from error
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{str(path)!r} is not readable YAML") from error
+        fields = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{where}, is not JSON ({error}); mend or remove the line") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{str(path)!r} must hold a mapping of options")
+        raise InputError(f"{where}, is {fields!r:.40}, not an object; mend or remove the line")
     return fields
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def check_place(path: Path) -> list[Path]:
+    """The folders, deepest first, that are missing for something to be written there: looked for before the work, not
+    after it.
+
+    Raises:
+        InputError: a path that cannot be, or whose nearest folder is a file or may not be written to.
+    """
+    try:
+        missing = [place for place in (path, *path.parents) if not place.exists()]
+    except (OSError, ValueError) as error:  # a name that is too long, say, or has a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"output {str(path)!r} cannot be made ({reason}); choose another place") from error
+    nearest = missing[-1].parent if missing else path
+    if missing and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        problem = "may not be written to" if nearest.is_dir() else "is a file"
+        raise InputError(f"output {str(path)!r} cannot be made: {str(nearest)!r} {problem}; choose another place")
+    return missing
+
+
+def make_folder(path: Path) -> None:
+    """A folder, with those above it, if there is none.
+
+    Raises:
+        InputError: a place where it cannot be.
+    """
+    check_place(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def command_line() -> str:

@@ -16,6 +16,7 @@ from envs import load_queries
 from eval import cli, report
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.policies import load_planners, split_variants
+from policies.keep import check_share
 
 GRID = Path(__file__).parent / "tuning-grid.txt"
 
@@ -53,11 +54,15 @@ class Tune(cli.Placement):
 
     def run(self) -> None:
         check_budgets(self.budgets)
+        for share in self.keep:
+            check_share(share)
         cli.check_output("--json", self.json)
         policies = self.policies or read_grid(self.grid)
         backbone, queries = self.load(self.backbone), load_queries(self.data, self.split)
-        bank = EncodingBank(backbone, queries if self.limit is None else queries.spread(self.limit))
+        bank = EncodingBank(backbone, queries.spread(self.limit))
         records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed)
+        if not any(records.values()):
+            raise cli.InputError(next(iter(left_out.values())))
         for policy, reason in left_out.items():
             print(f"{policy} is left out: {reason}")
         print(report.table([record for own in records.values() for record in own]))
@@ -97,9 +102,9 @@ def read_grid(path: Path) -> list[str]:
         InputError: a missing file, or one without settings.
     """
     try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise cli.InputError(f"--grid {str(path)!r} cannot be read ({error.strerror}); name a file") from error
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise cli.InputError(f"--grid {str(path)!r} cannot be read ({error}); name a text file") from error
     if not any(lines):
         raise cli.InputError(f"--grid {str(path)!r} has no settings; write one a line, such as fastv:k=2")
     return [line for line in lines if line]

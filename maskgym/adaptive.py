@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeGuard, overload
 
 import torch
 from PIL import Image
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Query
-from backbones.errors import InputError, first_line
+from backbones.errors import InputError, check_count, first_line
 from backbones.images import read_image
-from backbones.json_files import read_json
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch, load_backbone
 from backbones.lora import holds_adapters
+from backbones.plain_files import MALFORMED, read_json, read_records
 from eval.evaluate import Record, check_budgets
-from eval.runs import RunFolder, environment, write_atomically
+from eval.runs import RunFolder, environment, make_folder
 from eval.timing import how_to_calibrate, load_latency_model
 from maskgym.model_card import model_card
 from policies.adapters import save_model
@@ -87,8 +89,13 @@ class AdaptiveVLM:
         """
         folder = _local(str(place))
         if not isinstance(backbone, Backbone):
-            own, options = _backbone_of(folder)
-            backbone = load_backbone(backbone or _followed(folder, own), dtype, device, **options)
+            own, options = described_backbone(folder)
+            try:
+                backbone = load_backbone(backbone or _followed(folder, own), dtype, device, **options)
+            except TypeError as error:
+                raise InputError(
+                    f"{str(folder / DESCRIPTION)!r} has unusable options ({error}); save it again"
+                ) from error
         latency = None if latency_model is None else load_latency_model(Path(latency_model), backbone)
         return cls(load_controller(folder, backbone), backbone, Path(place).name, latency, _records(folder))
 
@@ -155,8 +162,7 @@ class AdaptiveVLM:
         one = isinstance(questions, str)
         if stream and not one:
             raise InputError(f"stream=True is for one question; {len(questions)} were given: ask them one by one")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        check_count("max_new_tokens", max_new_tokens)
         queries = _queries(images, questions)
         planned = self._plan(queries, budget, latency_ms)
         if stream:
@@ -195,9 +201,12 @@ class AdaptiveVLM:
             folder: to write to; it is made if need be.
             with_backbone: whether to write the VLM's weights too, or only its name. By default where it was loaded from
                 a folder, which others do not have; without them such a VLM must be named when the controller is loaded.
+
+        Raises:
+            InputError: a place that cannot be written to.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         whole = Path(self.backbone.name).is_dir() if with_backbone is None else with_backbone
         if whole:
             save_model(self.backbone.model, self.backbone, folder / MODEL)
@@ -262,12 +271,16 @@ class AdaptiveVLM:
 
 
 def _queries(images: AnyImage | Sequence[AnyImage], questions: str | Sequence[str]) -> list[Query]:
-    texts = [questions] if isinstance(questions, str) else list(questions)
+    texts: list[Any] = list(questions) if _are_several(questions) else [questions]
     pictures = list(images) if isinstance(images, list | tuple) else [images]
     if not texts or len(pictures) != len(texts):
         raise InputError(f"{len(pictures)} images and {len(texts)} questions were given; give one image a question")
     rows = enumerate(zip(pictures, texts, strict=True))
     return [Query(str(row), _picture(image), question) for row, (image, question) in rows]
+
+
+def _are_several(given: Any) -> TypeGuard[Iterable[Any]]:
+    return isinstance(given, Iterable) and not isinstance(given, str | bytes)
 
 
 def _picture(image: Any) -> Any:
@@ -278,7 +291,8 @@ def _picture(image: Any) -> Any:
 
 
 def _budgets(budget: float | Sequence[float], rows: int) -> tuple[float, ...]:
-    budgets = check_budgets([budget] * rows if isinstance(budget, int | float) else budget)
+    shares: list[Any] = [*budget] if _are_several(budget) else [budget] * rows
+    budgets = check_budgets(shares)
     if len(budgets) != rows:
         raise InputError(f"{len(budgets)} budgets were given for {rows} questions; give one each, or one for all")
     return budgets
@@ -286,7 +300,7 @@ def _budgets(budget: float | Sequence[float], rows: int) -> tuple[float, ...]:
 
 def _unpack(rows: Any) -> tuple[list[Any], list[str]]:
     """Images and texts of dicts."""
-    rows = [rows] if isinstance(rows, dict) else list(rows or [])
+    rows = list(rows) if _are_several(rows) and not isinstance(rows, dict) else [rows] * (rows is not None)
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not {"image", "text"} <= row.keys():
             given = f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
@@ -296,7 +310,7 @@ def _unpack(rows: Any) -> tuple[list[Any], list[str]]:
 
 def _local(place: str) -> Path:
     """The folder; fetched from the hub if there is none of that name."""
-    if Path(place).exists() or place.startswith((".", "/", "~")) or place.count("/") != 1:
+    if os.path.exists(place) or place.startswith((".", "/", "~")) or place.count("/") != 1:
         return Path(place)
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -310,18 +324,18 @@ def _local(place: str) -> Path:
         ) from error
 
 
-def _backbone_of(folder: Path) -> tuple[str, dict[str, Any]]:
+def described_backbone(folder: Path) -> tuple[str, dict[str, Any]]:
     """Name and options of the VLM that a folder's controller is for, as the folder has them.
 
     Raises:
         InputError: neither a run nor saved, or unreadable.
     """
     file = folder / DESCRIPTION
-    if file.is_file():
+    if os.path.isfile(file):
         try:
             described = read_json(file)
             return str(described["backbone"]), dict(described["backbone_options"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
     if RunFolder(folder).is_run():
         return RunFolder(folder).backbone(), {}
@@ -360,9 +374,4 @@ def _records(folder: Path) -> list[Record]:
         InputError: an unreadable file.
     """
     file = folder / RECORDS
-    try:
-        return list(read_json(file)) if file.is_file() else []
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{str(file)!r} is not readable ({first_line(error)}); remove it, or fetch it again"
-        ) from error
+    return read_records(file) if file.is_file() else []

@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from backbones.atomic import whole_folder
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 
@@ -34,5 +35,6 @@ def save_model(model: Any, backbone: Backbone, folder: Path) -> None:
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             config.base_model_name_or_path = backbone.name
-    model.save_pretrained(folder)
-    backbone.processor.save_pretrained(folder)
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        backbone.processor.save_pretrained(unfinished)

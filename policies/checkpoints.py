@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backbones.errors import InputError
-from backbones.json_files import read_json
+from backbones.atomic import remove_at_once, whole_folder
+from backbones.errors import InputError, first_line
+from backbones.plain_files import read_json
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> None:
-    """Write ``folder/step-N`` and remove all but the newest ``keep`` checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished, finished = folder / "unfinished", folder / f"step-{step:09d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "tensors.safetensors")
-    (unfinished / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(finished, ignore_errors=True)
-    unfinished.rename(finished)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    """Write ``folder/step-N`` and remove all but the newest ``keep`` checkpoints.
+
+    A step that has one keeps it: runs continue exactly, so what would be written leads to the same.
+    """
+    finished = folder / f"step-{step:09d}"
+    if not finished.exists():
+        with whole_folder(finished) as unfinished:
+            named = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(named, unfinished / "tensors.safetensors")
+            (unfinished / "state.json").write_text(json.dumps(state))
+    for old in written(folder)[:-keep]:
+        remove_at_once(old)
+
+
+def written(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(folder.glob("step-*"))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -36,14 +44,33 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     Raises:
         InputError: a checkpoint that cannot be read.
     """
-    found = sorted(folder.glob("step-*"))
+    found = written(folder)
     if not found:
         return None
+    with reading_newest(found) as newest:
+        return load_file(newest / "tensors.safetensors"), read_json(newest / "state.json")
+
+
+def restoring(folder: Path) -> AbstractContextManager[Path]:
+    """While the newest checkpoint, loaded, is taken up by a run that it may not fit."""
+    return reading_newest(written(folder), "does not fit this run")
+
+
+@contextmanager
+def reading_newest(found: Sequence[Path], problem: str = "cannot be read") -> Iterator[Path]:
+    """The last of some checkpoints, for the block to read or to take up.
+
+    Raises:
+        InputError: it has that ``problem``; the message says what to do.
+    """
     try:
-        return load_file(found[-1] / "tensors.safetensors"), read_json(found[-1] / "state.json")
-    except Exception as error:  # safetensors and json raise many kinds
+        yield found[-1]
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, json and torch raise many kinds
+        then = "use the one before" if len(found) > 1 else "begin anew"
         raise InputError(
-            f"checkpoint {str(found[-1])!r} cannot be read ({error}); remove it to use the one before"
+            f"checkpoint {str(found[-1])!r} {problem} ({first_line(error)}); remove it to {then}"
         ) from error
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.cost import mlp_flops
-from backbones.errors import InputError
+from backbones.errors import InputError, check_count
 from backbones.masks import AXES, MaskLayout, check_axes
 from backbones.survivors import Survivors
 from policies.even import even_confidence
@@ -66,6 +66,8 @@ class ControllerConfig:
     merge: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "layers", "heads", "hidden", "width", "pools", "text_tokens"):
+            check_count(f"the controller's {name}", getattr(self, name))
         object.__setattr__(self, "axes", check_axes(self.axes))
         if self.rule not in RULES:
             raise InputError(f"the controller's rule is {self.rule!r}; it must be one of {', '.join(RULES)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
+from backbones.finite import check_finite
 from backbones.masks import Masks
 from backbones.plan_cost import laying_out_flops
 from backbones.soft_decoder import Gates, soft_llm_flops
@@ -189,12 +190,16 @@ class Decider:
         else:
             kept = torch.ones_like(llm_logits, dtype=torch.bool) if self.fills else llm_logits > 0
         bits_BA = torch.cat([kept_BN, kept], dim=1) | ~self.free_A
-        return Decisions(torch.cat([token_logits_BN, llm_logits], dim=1), bits_BA, self.free(encoding))
+        return self._checked(encoding, torch.cat([token_logits_BN, llm_logits], dim=1), bits_BA)
 
     def review(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, bits_BA: Tensor) -> Decisions:
         """The same logits for bits that were chosen earlier."""
         llm_logits = self.llm_logits(encoding, reading, bits_BA[:, self.layout.level1], budgets_B)
         logits_BA = torch.cat([self.token_logits(encoding, reading, budgets_B), llm_logits], dim=1)
+        return self._checked(encoding, logits_BA, bits_BA)
+
+    def _checked(self, encoding: Encoding, logits_BA: Tensor, bits_BA: Tensor) -> Decisions:
+        check_finite("the controller's logits are", logits_BA, encoding.ids, "lower --learning-rate, or train it anew")
         return Decisions(logits_BA, bits_BA, self.free(encoding))
 
     def fit(self, encoding: Encoding, decisions: Decisions, budgets_B: Tensor) -> Masks:

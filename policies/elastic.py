@@ -9,10 +9,13 @@ Shape legend: R queries of a batch, T their answers' tokens, E those of the quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,17 +24,24 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProcessorMixin
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from backbones.atomic import UNFINISHED, put_in_place, remove_at_once
 from backbones.backbone import Backbone
 from backbones.encoding import EncodedImage, QuerySource
-from backbones.errors import InputError, first_line
+from backbones.errors import InputError, queries_named
 from backbones.executed import executed_answer_logits
+from backbones.finite import refuse_bad_gradients
 from backbones.masks import Masks
+from backbones.plain_files import read_json
 from backbones.shared_prefix import answer_logits, can_share
 from backbones.survivors import RESTORED, Survivors
 from policies.baselines import random_waits
+from policies.checkpoints import reading_newest
 from policies.coherent import reorder_tokens
 from policies.projection import least_share, project
 
@@ -41,6 +51,13 @@ almost nothing but one, for a model loses most under kinds of plans that it has 
 
 RESTORED_SHARE = 0.5
 """Of the training plans whose dropped tokens are merged into kept ones with restored positions."""
+
+
+KEPT = 2
+"""Checkpoints that are kept: the newest, and the one before."""
+
+UNLOGGED = "unlogged.json"
+"""File of a checkpoint: the parts of the loss, step by step, since the last line of metrics."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class Collator:
             "pixels": dict(self.backbone.family.process(images, [self.backbone.prompt("")] * len(images))),
             "questions": [[question for _, question, _ in row] for row in texts],
             "answers": [[self._ids(id, accepted) for id, _, accepted in row] for row in texts],
+            "ids": [id for row in texts for id, _, _ in row],
         }
 
     def _ids(self, id: str, accepted: tuple[str, ...]) -> list[int]:
@@ -136,24 +154,63 @@ class ElasticTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum of the parts; each part is logged."""
+        """The sum of the parts; each part is logged.
+
+        Raises:
+            InputError: a sum that is not finite.
+        """
         step = self.state.global_step
         plans_from = None if step < self.settings.plain_steps else step
-        parts = model(**inputs, plans_from=plans_from)
+        self._ids = inputs["ids"]
+        parts = model(**{name: value for name, value in inputs.items() if name != "ids"}, plans_from=plans_from)
         total = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(total):
-            raise InputError(
-                f"the loss is {total.item()} at step {step}; lower --learning-rate (now {self.args.learning_rate:g})"
-            )
+            rate = f"lower --learning-rate (now {self.args.learning_rate:g})"
+            raise InputError(f"the loss is {total.item()} {self._where()}; {rate}")
         for name, part in parts.items():
             self._metrics["train"][name].append(part.item())
         return (total, parts) if return_outputs else total
+
+    def _where(self) -> str:
+        return f"at step {self.state.global_step} ({queries_named(self._ids)})"
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        """TRL's, or the one given, which takes no step along gradients that are not finite."""
+        optimizer = super().create_optimizer(*arguments)
+        refuse_bad_gradients(optimizer, self._where)
+        return optimizer
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written before they take their places."""
+        return str(self._folder / UNFINISHED)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the trainer writes it, with the parts of the loss that no line has shown yet; but a crash leaves all of a
+        checkpoint or nothing."""
+        checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written, place = Path(self._get_output_dir(trial), checkpoint), self._folder / checkpoint
+        if self.is_world_process_zero():
+            shutil.rmtree(written.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (written / UNLOGGED).write_text(json.dumps(self._metrics["train"]))
+            put_in_place(written, place)
+            for old in checkpoints(self._folder)[:-KEPT]:
+                remove_at_once(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights as ``from_pretrained`` reads them: the trainer itself takes the file's names for the model's own, and
         Hugging Face keeps the names of older releases in files."""
         model = self.model if model is None else model
-        with _read(resume_from_checkpoint):
+        with self._reading(resume_from_checkpoint) as checkpoint:
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._metrics["train"].update(read_json(checkpoint / UNLOGGED))
             if isinstance(model, PeftModel):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
@@ -162,12 +219,16 @@ class ElasticTrainer(SFTTrainer):
                 model.load_state_dict(stored.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _read(checkpoint):
+        with self._reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _read(checkpoint):
+        with self._reading(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def _reading(self, checkpoint: str | None) -> AbstractContextManager[Path]:
+        """What the trainer itself says of a checkpoint that cannot be read helps nobody."""
+        return nullcontext(Path()) if checkpoint is None else reading_newest(checkpoints(Path(checkpoint).parent))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: Hugging Face's rule of thumb knows nothing of plans."""
@@ -234,20 +295,14 @@ class ElasticTrainer(SFTTrainer):
         return project(self.backbone, plans, waits_BA.to(device), budgets_B.maximum(least_B).to(device), encoding)
 
 
-@contextmanager
-def _read(checkpoint: str | None) -> Iterator[None]:
-    """Name a checkpoint that cannot be read: one that is torn, or that would run code, which torch's reader of
-    optimisers' states refuses.
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that ``ElasticTrainer`` has written, the newest last."""
+    return sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=step_of)
 
-    Raises:
-        InputError: whatever torch, safetensors and transformers raise.
-    """
-    try:
-        yield
-    except Exception as error:  # many kinds
-        raise InputError(
-            f"checkpoint {str(checkpoint)!r} cannot be read ({first_line(error)}); remove it to begin anew"
-        ) from error
+
+def step_of(checkpoint: Path) -> int:
+    """At which it was written."""
+    return int(checkpoint.name.split("-")[1])
 
 
 @dataclass(frozen=True)

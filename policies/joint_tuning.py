@@ -19,8 +19,9 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import EncodingBank
-from backbones.errors import InputError
+from backbones.errors import InputError, queries_named
 from backbones.executed import executed_answer_logits
+from backbones.finite import refuse_bad_gradients
 from backbones.masks import Masks
 from envs.scoring import reference
 from policies.adapters import lora_config, save_model
@@ -59,6 +60,7 @@ class JointTuning:
         backbone.model.eval()  # adapters come in training mode, with dropout
         self.weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=learning_rate, weight_decay=0.0)
+        refuse_bad_gradients(self.optimizer, lambda: "in the tuned backbone")
 
     def step(self, progress: float) -> None:
         """Follow the gradients that have been computed, after a share of the training."""
@@ -86,6 +88,11 @@ class JointTuning:
             encoding = bank.gather(numbers[some], answers)
             logits_TV = executed_answer_logits(self.backbone, encoding, masks[some], answers)
             loss = F.cross_entropy(logits_TV, answer_targets(self.backbone, answers))
+            if not loss.isfinite():
+                raise InputError(
+                    f"the tuned backbone's loss is {loss.item()} ({queries_named(encoding.ids)}); lower --tune-rate "
+                    f"(now {self.learning_rate:g})"
+                )
             loss.backward()
             self.step(progress)
             losses.append(loss.item())

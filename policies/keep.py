@@ -11,6 +11,16 @@ from policies.baselines import Planner, notes_of
 from policies.static.counts import CountPlanner
 
 
+def check_share(share: float) -> None:
+    """Refuse what is no share of the visual tokens.
+
+    Raises:
+        InputError: a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"a share of {share:g} of the visual tokens is outside (0, 1]; give one such as 0.25")
+
+
 class KeepPlanner:
     """Keeps a share of each image's visual tokens, whatever the budget.
 
@@ -30,8 +40,7 @@ class KeepPlanner:
                 f"policy {planner.name!r} does not choose visual tokens by count, so it cannot be told to keep a share "
                 "of them; give it budgets"
             )
-        if not 0 < share <= 1:
-            raise InputError(f"a share of {share:g} of the visual tokens is outside (0, 1]; give one such as 0.25")
+        check_share(share)
         self.planner: CountPlanner = planner
         self.share, self.name, self.signals = share, planner.name, planner.signals
         self.notes = {**notes_of(planner), "keep": share}

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.fingerprint import fingerprint
-from backbones.json_files import read_json
 from backbones.masks import Masks
+from backbones.plain_files import MALFORMED, read_json
 from backbones.tensor_files import tensor_shapes
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
 from policies.baselines import Planner
@@ -72,9 +72,10 @@ def planner_of(controller: Controller, backbone: Backbone, name: str) -> Planner
 def save_controller(controller: Controller, folder: Path, backbone: Backbone) -> None:
     """Write ``controller.safetensors`` and ``controller.json``; the latter names the backbone's weights, too."""
     kind = next(name for name, (_, module) in _KINDS.items() if type(controller) is module)
-    save_file({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}, folder / WEIGHTS)
+    weights = save({name: tensor.contiguous() for name, tensor in controller.state_dict().items()})
+    write_atomically(folder / WEIGHTS, weights)
     described = {"kind": kind, **controller.config_dict(), MADE_FOR: fingerprint(backbone.model)}
-    (folder / SIZES).write_text(json.dumps(described, indent=2) + "\n")
+    write_atomically(folder / SIZES, (json.dumps(described, indent=2) + "\n").encode())
 
 
 def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False) -> Controller:
@@ -95,7 +96,7 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
         made_for = sizes.pop(MADE_FOR, None)
         config = make_config(**sizes)
         shapes = tensor_shapes(folder / WEIGHTS)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except MALFORMED as error:
         raise InputError(f"no readable controller in {str(folder)!r} ({error}); is it a finished run?") from error
     layout = backbone.layout
     sizes = {"tokens": layout.tokens, "layers": layout.layers, "heads": layout.heads, "hidden": backbone.hidden}
@@ -112,9 +113,16 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
             f"backbone {backbone.name!r} ({here}); name the backbone that it was trained on, or train one for this"
         )
     if shapes != _shapes(make, config):
-        raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}; fetch or train it again")
+        raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}; restore both, or train again")
+    weights = load_file(folder / WEIGHTS)
+    odd = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
+    if odd:
+        raise InputError(
+            f"the weights {odd[0]!r} in {str(folder / WEIGHTS)!r} are of {weights[odd[0]].dtype} or not finite; "
+            "restore the file, or train again"
+        )
     controller = make(config)
-    controller.load_state_dict(load_file(folder / WEIGHTS))
+    controller.load_state_dict(weights)
     return controller
 
 
@@ -123,5 +131,5 @@ def _shapes(make: Callable[..., Controller], config: Any) -> dict[str, tuple[int
     try:
         with torch.device("meta"):
             return {name: tuple(weight.shape) for name, weight in make(config).state_dict().items()}
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except (RuntimeError, *MALFORMED):
         return None

@@ -39,9 +39,11 @@ def project(
         axes: what may be dropped; units of other axes are kept.
 
     Raises:
-        InputError: a budget below what the smallest plan costs; the message names the least budget.
+        InputError: a budget below what the smallest plan costs, with the least budget; confidences or budgets of
+            another shape.
     """
     layout = backbone.layout
+    _check_shapes(confidence_BA, budgets_B, (len(encoding), layout.size))
     full_B = backbone.full_llm_flops(encoding)
     limits_B = budget_flops(budgets_B, full_B)
     least_B = _least_flops(backbone, encoding, controller_flops, axes)
@@ -67,6 +69,13 @@ def project(
         high_B = torch.where(fits_B, middle_B, high_B)
         low_B = torch.where(fits_B, low_B, (middle_B + 1).minimum(high_B))
     return without(high_B)
+
+
+def _check_shapes(confidence_BA: Tensor, budgets_B: Tensor, expected: tuple[int, int]) -> None:
+    if tuple(confidence_BA.shape) != expected:
+        raise InputError(f"confidences have the shape {tuple(confidence_BA.shape)}; here it must be {expected}")
+    if tuple(budgets_B.shape) != expected[:1]:
+        raise InputError(f"budgets have the shape {tuple(budgets_B.shape)}; here it must be {expected[:1]}")
 
 
 def least_share(

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
-from backbones.errors import InputError
+from backbones.errors import InputError, queries_named
+from backbones.finite import refuse_bad_gradients
 from backbones.masks import MaskLayout
 from policies.controller import ControllerConfig, Reading, TwoLevelController
 from policies.decisions import Decider, Decisions
@@ -87,6 +88,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         self.decider = Decider(self.controller, self.backbone)
         self.pending: tuple[Encoding, Decisions, Tensor] | None = None
         self.optimizer = self.optimizer_class(self.parameters(), **{"lr": lr_schedule(1), **self.optimizer_kwargs})
+        refuse_bad_gradients(self.optimizer, lambda: f"in a minibatch ({queries_named(self._ids)})")
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B, A), values (B, 1) and log-probabilities (B, K), one for every ratio."""
@@ -131,6 +133,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         assert isinstance(obs, dict)
         budgets_B = obs["budget"][:, 0]
         encoding = self.bank.gather(obs["query"][:, 0].long().cpu().numpy())
+        self._ids = encoding.ids
         return encoding, budgets_B, self.decider.read(encoding, budgets_B)
 
 

@@ -112,6 +112,14 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def desk(place):
+    """``place`` with a finished run, and with files that are not what they should be."""
+    from tests.refusals import lay_out_desk  # imports the trainings, which takes seconds
+
+    return lay_out_desk(place)
+
+
 def command(monkeypatch, main, *arguments):
     """Run a command as from the shell."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])

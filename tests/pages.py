@@ -15,8 +15,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
-import tyro
-
 import eval.__main__ as eval_main
 import train_backbone
 import train_gumbel
@@ -30,6 +28,7 @@ from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.policies import load_planner
 from maskgym.lmms.arguments import Arguments
 from policies.chain import THEN
+from tests import fuzz
 from tests.load import Load
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +151,7 @@ def check_command(words: list[str]) -> None:
         case ["accelerate", "launch", script, *arguments] if script in TRAININGS:
             _check_training(script, arguments)
         case ["python", "-m", "eval", *arguments]:
-            options: Any = _parsed(lambda: tyro.cli(eval_main.Command, args=arguments))
+            options: Any = _parsed(lambda: cli.read_options(eval_main.Command, arguments))
             _check_values(options)
             if isinstance(options, eval_main.Run):
                 _run_shortly(options)
@@ -162,7 +161,11 @@ def check_command(words: list[str]) -> None:
             _check_extras(package)
         case ["make", *targets]:
             _check_targets(targets)
-        case ["pytest"] | ["mkdocs", "serve"]:
+        case ["python", "-m", "tests.fuzz", *arguments]:
+            _parsed(lambda: fuzz.options(arguments))
+        case ["pytest", *files] if all((ROOT / file).is_file() for file in files):
+            pass
+        case ["mkdocs", "serve"]:
             pass
         case [program, *_] if program in OF_OTHERS:
             pass

@@ -82,7 +82,7 @@ BAD = {
         "```python title=\"guess.py\"\nclass Guess:\n    name, budgeted = 'guess', True\n\n"
         "    def __init__(self, backbone, seed=0):\n        pass\n```\n\n"
         + BASH.format("python -m eval run guess:Guess"),
-        "has no attribute 'plan'",
+        "without 'plan'",
     ),
     "budget that none meets": (BASH.format("python -m eval run stride --budgets 0.001"), "least budget"),
     "module": ('```python title="guess.py"\nimport nowhere_at_all\n```', "nowhere_at_all"),

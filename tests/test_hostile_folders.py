@@ -309,7 +309,7 @@ def test_an_experiment_names_no_code(witness, tmp_path, monkeypatch):
     witness.module(tmp_path / "evil.py")
     for best in ("evil:f", "fastv:k=2 then evil:f"):
         (tmp_path / "tuning.json").write_text(json.dumps({"best": {"fastv": best}}))
-        with refused(witness, "tuning.json' cannot be read .settings that are not of the grid"):
+        with refused(witness, "tuning.json' cannot be read .*settings that are not of the grid"):
             Experiment("pruning", tmp_path)._tune(build())
 
 
@@ -392,7 +392,7 @@ def test_json_without_end_is_refused(witness, saved, file):
     with refused(witness, "nested too deeply"):
         AdaptiveVLM.from_pretrained(saved)
     os.truncate(saved / file, 2**40)  # a hole: it takes no room here
-    with refused(witness, "has more than 67 MB"):
+    with refused(witness, "has more than 64 MB"):
         AdaptiveVLM.from_pretrained(saved)
 
 

@@ -71,7 +71,7 @@ def test_smaller_limits_make_smaller_images(folders, source):
         ("qwen2_5_vl", {"max_visual_tokens": 0}, "least image already has 1"),
         ("llava", {"device": "cuda"}, "device cuda is not there"),
         ("llava", {"device": "abacus"}, "device 'abacus' is not one that torch knows"),
-        ("llava", {"dtype": "float32"}, "dtype is 'float32'; it must be a torch dtype"),
+        ("llava", {"dtype": "float32"}, "dtype is 'float32'; it must be a torch dtype of floating point"),
     ],
 )
 def test_bad_requests_are_named(folders, name, options, words):

@@ -7,9 +7,10 @@ import torch
 import yaml
 
 from backbones import InputError
+from backbones.atomic import write_atomically
 from eval.cli import parse
 from eval.evaluate import check_budgets
-from eval.runs import RunFolder, environment, write_atomically
+from eval.runs import RunFolder, environment
 from policies.checkpoints import load_checkpoint, save_checkpoint
 
 

@@ -153,8 +153,14 @@ def test_rare_answers_are_drawn_more_often(data):
 def test_answers_that_cannot_be_learnt_are_named():
     backbone = build_of("llava")
     rows = make_dataset(2).to_dict()
-    rows["answers"] = [["zebra"], []]
-    collate = Collator(backbone, DatasetQueries(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "m", "t"))
+    rows["answers"] = [["zebra"], ["red"]]
+
+    class Unanswered(DatasetQueries):
+        def text(self, number):
+            id, question, answers = super().text(number)
+            return id, question, answers if number == 0 else ()
+
+    collate = Collator(backbone, Unanswered(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "m", "t"))
     with pytest.raises(InputError, match="'q0': the tokenizer cannot represent the answer 'zebra'"):
         collate([{"queries": [0]}])
     with pytest.raises(InputError, match="'q1' has no answers; training needs one"):
@@ -164,9 +170,12 @@ def test_answers_that_cannot_be_learnt_are_named():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--learning-rate 1e30 --vision-steps 0", "the loss is nan at step 2; lower --learning-rate (now 1e+30)"),
-        ("--learning-rate nan", "--learning-rate is nan; it must be a positive number"),
-        ("--lora-rank -1 --backbone tiny", "LoRA rank is -1; it must be at least 1"),
+        (
+            "--learning-rate 1e30 --vision-steps 0",
+            "the loss is nan at step 2 (queries q8, q9, q6, …); lower --learning-rate (now 1e+30)",
+        ),
+        ("--learning-rate nan", "--learning-rate is nan; it must be a finite number"),
+        ("--lora-rank -1 --backbone tiny", "--lora-rank is -1; it must be at least 0"),
         ("--elastic-questions 9", "--elastic-questions is 9; it must be at least 1 and at most --questions (2)"),
         ("--lora-rank 4", "--lora-rank needs a trained model to adapt; name one with --backbone"),
         ("--budgets 0.5 0.1", "--budgets are (0.5, 0.1)"),

@@ -74,7 +74,7 @@ def test_a_reward_may_ask_for_predicted_time(monkeypatch, place, tmp_path, capsy
     assert all("reward" in line or "validation" in line for line in lines(tmp_path / "run"))
     with pytest.raises(SystemExit):
         train(monkeypatch, place, tmp_path / "without", "--reward", "latency")
-    assert "there is no latency model; calibrate one" in capsys.readouterr().err
+    assert "--reward latency needs --latency-model FILE" in capsys.readouterr().err
 
 
 OTHER = ("--algo", "a2c", "--no-fit", "--reward", "lagrangian", "0.1*log-likelihood")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from backbones.errors import InputError
+from backbones.plain_files import parse_json
 
 Entry = dict[str, Any]
 CHUNK = 1 << 20
@@ -21,20 +22,30 @@ def json_lines(file: Path) -> Iterator[Entry]:
     Raises:
         InputError: a line that is none.
     """
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{str(file)!r}, line {number} is not JSON ({error})") from error
+                    entry = parse_json(line)
+                except ValueError as error:
+                    raise InputError(
+                        f"{str(file)!r}, line {number} is not JSON ({error}); download it again"
+                    ) from error
+                yield entry
 
 
 def tab_separated(file: Path) -> Iterator[Entry]:
-    """Rows under a head line; fields may be quoted, and as long as an image in base64."""
+    """Rows under a head line; fields may be quoted, and as long as an image in base64.
+
+    Raises:
+        InputError: something else than such a table.
+    """
     csv.field_size_limit(1 << 30)
     with file.open(encoding="utf-8", newline="") as lines:
-        yield from csv.DictReader(lines, delimiter="\t")
+        try:
+            yield from csv.DictReader(lines, delimiter="\t")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{str(file)!r} is no table ({error}); download it again") from error
 
 
 def json_entries(file: Path, member: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -103,6 +114,8 @@ class _JsonReader:
             except json.JSONDecodeError as error:
                 if self.ended:
                     raise self._broken(str(error)) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep
+                raise self._broken(str(error)) from error
             self._more()
 
     def places(self) -> Iterator[int]:
@@ -135,7 +148,10 @@ class _JsonReader:
         self.at += 1
 
     def _more(self) -> None:
-        chunk = self.text.read(CHUNK)
+        try:
+            chunk = self.text.read(CHUNK)
+        except UnicodeDecodeError as error:
+            raise self._broken(str(error)) from error
         self.ended = not chunk
         self.buffer, self.at = self.buffer[self.at :] + chunk, 0
 

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 
 from backbones.errors import InputError
+from backbones.plain_files import MALFORMED
 from envs.benchmarks.layout import Benchmark
 from envs.benchmarks.multiple_choice import MMBENCH, SCIENCEQA
 from envs.benchmarks.short_answers import CLEVR, GQA, TEXTVQA, TEXTVQA_OCR, VIZWIZ, VQAV2
@@ -134,7 +135,9 @@ def rows(
             for number, entry in enumerate(made.entries(files, part)):
                 images = {column: _image(entry[column]) for column in made.images.values()}
                 yield {**_row(benchmark, template, number, entry), **images}
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except InputError:
+            raise
+        except MALFORMED as error:
             raise InputError(f"data {benchmark!r}: the files of {part!r} are not as published ({error!r})") from error
 
 

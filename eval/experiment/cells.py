@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,12 +14,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 from backbones import Backbone, EncodingBank
+from backbones.atomic import write_atomically
 from backbones.errors import InputError, first_line
-from backbones.json_files import read_json
+from backbones.plain_files import read_records
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
-from eval.runs import RunFolder, write_atomically
+from eval.runs import RunFolder
+from eval.stopping import run_process
 from eval.timing import add_timing, first_queries
 
 RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"
@@ -60,10 +62,7 @@ class Cell:
         Raises:
             InputError: an unreadable file.
         """
-        try:
-            return read_json(self.folder / RECORDS)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(RECORDS, error) from error
+        return read_records(self.folder / RECORDS)
 
     def outcomes(self) -> dict[str, np.ndarray]:
         """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,).
@@ -75,13 +74,10 @@ class Cell:
             with np.load(self.folder / OUTCOMES, allow_pickle=False) as file:
                 return dict(file)
         except (OSError, ValueError, MemoryError, EOFError, BadZipFile) as error:
-            raise self._unreadable(OUTCOMES, error) from error
-
-    def _unreadable(self, name: str, error: Exception) -> InputError:
-        file, records = str(self.folder / name), str(self.folder / RECORDS)
-        return InputError(
-            f"{file!r} cannot be read ({first_line(error)}); remove {records!r} to measure that cell again"
-        )
+            raise InputError(
+                f"{str(self.folder / OUTCOMES)!r} cannot be read ({first_line(error)}); remove "
+                f"{str(self.folder / RECORDS)!r} to measure that cell again"
+            ) from error
 
     def failure(self) -> str | None:
         """Why it could not be measured, if it could not."""
@@ -118,14 +114,13 @@ def train(cell: Cell, cells: Sequence[Cell], shared: Sequence[str]) -> None:
 
     Raises:
         RuntimeError: a training that ends with an error; the message is its last line.
+        Stopped: by a signal, which the training heard, too.
     """
     options = [fill(option, cell, cells) for option in cell.arm.options]
     again = ["--resume"] if RunFolder(cell.run).is_run() else []
     command = [sys.executable, "-m", str(cell.arm.script), *options, *shared, *again]
     cell.folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [*command, "--seed", str(cell.seed), "--out", str(cell.run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    done = run_process([*command, "--seed", str(cell.seed), "--out", str(cell.run)])
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
         raise RuntimeError(lines[-1].removeprefix("error: "))
@@ -162,8 +157,9 @@ def measure(
             columns[f"{name}@{outcome.record['budget']:g}"] = outcome.columns[name].astype(np.float32)
     records += [{**head, "budget": budget, "gap": reason} for budget, reason in gaps.items()]
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with (cell.folder / OUTCOMES).open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **columns)
+    packed = BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **columns)
+    write_atomically(cell.folder / OUTCOMES, packed.getvalue())
     write_atomically(cell.folder / RECORDS, (json.dumps(records, indent=2) + "\n").encode())
 
 
@@ -174,6 +170,6 @@ def attempt(cell: Cell, work: Any) -> bool:
     try:
         work()
     except Exception as error:  # whatever it is, it is this cell's, and the report shows it
-        (cell.folder / FAILURE).write_text(f"{type(error).__name__}: {error}\n")
+        write_atomically(cell.folder / FAILURE, f"{type(error).__name__}: {error}\n".encode())
         return False
     return True

@@ -13,8 +13,8 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.errors import first_line
-from backbones.json_files import read_json
+from backbones.atomic import temporary, write_atomically
+from backbones.plain_files import MALFORMED, read_json
 from envs import load_queries
 from envs.queries import DatasetQueries
 from eval import cli
@@ -23,7 +23,7 @@ from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
-from eval.runs import environment, write_atomically
+from eval.runs import check_place, environment, make_folder
 from eval.search_static import search
 from eval.tune import GRID, best_settings, evaluate_settings, read_grid
 from policies.static.search import SearchSettings
@@ -78,12 +78,13 @@ class Experiment(cli.Placement):
             self.test_queries, self.tuning_queries = min(self.test_queries or 500, 500), min(self.tuning_queries, 100)
 
     def run(self) -> None:
-        self._check()
-        backbone = self.load(self.backbone)
+        head = self._check()
+        backbone, queries = self.load(self.backbone), self._queries()
+        self._chosen(EXPERIMENTS[self.name](Prepared({}, Path())))
+        self._begin(head)
         tuned = self._tune(backbone)
         arms = EXPERIMENTS[self.name](Prepared(tuned, self._search(backbone)))
         cells = lay_out(self.out, arms, self.seeds)
-        queries = self._queries()
         chosen = self._chosen(arms)
         missing = [cell for cell in cells if not cell.done and cell.arm.name in chosen]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=self.name, unit="cell") as bar:
@@ -95,7 +96,12 @@ class Experiment(cli.Placement):
         print(report.text())
         print(f"report: {self.out / self.name / 'report.html'}")
 
-    def _check(self) -> None:
+    def _check(self) -> dict[str, Any]:
+        """What the experiment is begun with.
+
+        Raises:
+            InputError: options that cannot work, or a folder of something else.
+        """
         check_budgets(self.budgets)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise cli.InputError(f"--seeds {' '.join(map(str, self.seeds))}: give one or more, each once")
@@ -104,16 +110,19 @@ class Experiment(cli.Placement):
         self.budgets = tuple(sorted(self.budgets))
         if self.timing and self.jobs > 1:
             raise cli.InputError(f"--timing needs the machine for itself: leave out --jobs {self.jobs}")
-        for option in ("total_queries", "tuning_queries", "jobs"):
-            if getattr(self, option) < 1:
+        if self.timing < 0:
+            raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
+        for option in ("total_queries", "tuning_queries", "jobs", "test_queries"):
+            if getattr(self, option) is not None and getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         own = ("backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
         head = json.loads(json.dumps({option: getattr(self, option) for option in own}))
         head["maskgym"] = environment()["maskgym"]
         file = self.out / HEAD
+        check_place(self.out)
         if self.out.exists() and not self.out.is_dir():
             raise cli.InputError(f"--out {str(self.out)!r} is a file; name a folder")
-        if self.out.exists() and any(self.out.iterdir()) and not file.is_file():
+        if self.out.exists() and any(path != temporary(file) for path in self.out.iterdir()) and not file.is_file():
             raise cli.InputError(f"--out {str(self.out)!r} holds something that is no experiment; choose another")
         if file.is_file():
             begun = read_head(file)
@@ -123,8 +132,11 @@ class Experiment(cli.Placement):
                     f"--out {str(self.out)!r} was begun with {changed[0]} {begun.get(changed[0])!r}, now "
                     f"{head[changed[0]]!r}; go on with the same, or choose another folder"
                 )
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(head, indent=2) + "\n").encode())
+        return head
+
+    def _begin(self, head: dict[str, Any]) -> None:
+        make_folder(self.out)
+        write_atomically(self.out / HEAD, (json.dumps(head, indent=2) + "\n").encode())
 
     def _search(self, backbone: Backbone) -> Path:
         """The file of the static plan, searched for if it is not there."""
@@ -165,15 +177,12 @@ class Experiment(cli.Placement):
             best = dict(read_json(file)["best"])
             if not set(best.values()) <= set(settings):
                 raise ValueError("settings that are not of the grid")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise cli.InputError(
-                f"{str(file)!r} cannot be read ({first_line(error)}); remove it to tune anew"
-            ) from error
+        except MALFORMED as error:
+            raise cli.InputError(f"{str(file)!r} cannot be read ({error!r}); remove it to tune again") from error
         return best
 
     def _queries(self) -> DatasetQueries:
-        queries = load_queries(self.data, "test")
-        return queries.spread(self.test_queries or len(queries))
+        return load_queries(self.data, "test").spread(self.test_queries)
 
     def _each(
         self, missing: Sequence[Cell], cells: Sequence[Cell], backbone: Backbone, queries: DatasetQueries

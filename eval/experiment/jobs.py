@@ -6,16 +6,19 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 
 from eval.experiment.cells import Cell
+from eval.stopping import Stopped, StopSignals
 
 Prepare = Callable[[], Any]
 Work = Callable[[Any, Cell], None]
 
 _prepared: list[Any] = []
+_idle = StopSignals(waits=True)
 
 
 def side_by_side(cells: Sequence[Cell], jobs: int, prepare: Prepare, work: Work) -> Iterator[Cell]:
@@ -31,19 +34,40 @@ def side_by_side(cells: Sequence[Cell], jobs: int, prepare: Prepare, work: Work)
     waves = [[cell for cell in cells if bool(cell.arm.needs(arms)) == waits] for waits in (False, True)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _begin, (prepare, threads)) as pool:
+    with (
+        ProcessPoolExecutor(jobs, context, _begin, (prepare, threads)) as pool,
+        StopSignals(waits=True, heard=_pass_on) as signals,
+    ):
         for wave in waves:
             running = {pool.submit(_run, work, cell): cell for cell in wave}
             for done in as_completed(running):
-                done.result()
+                try:
+                    done.result()
+                except BrokenProcessPool:  # processes that had not begun to listen
+                    signals.obey()
+                    raise
                 yield running[done]
 
 
+def _pass_on(number: int) -> None:
+    """Processes are in groups of their own, so this is the only way for a signal to reach them."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
 def _begin(prepare: Prepare, threads: int) -> None:
+    os.setpgrp()
+    _idle.__enter__()
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the trainings, which are processes of their own
     _prepared.append(prepare())
 
 
 def _run(work: Work, cell: Cell) -> None:
-    work(_prepared[0], cell)
+    _idle.obey()
+    try:
+        with StopSignals():
+            work(_prepared[0], cell)
+    except Stopped as stopped:
+        _idle.asked = stopped.number  # what waits in the queue is not begun
+        raise

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from backbones.atomic import write_atomically
 from eval.experiment.summary import Table
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -66,4 +67,4 @@ def write_page(
         facts=facts,
         commands=commands,
     )
-    path.write_text(page)
+    write_atomically(path, page.encode())

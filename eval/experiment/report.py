@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from backbones import Backbone, EncodingBank
+from backbones.atomic import write_atomically
 from envs.queries import DatasetQueries
 from envs.scoring import longest_answer, score
 from eval.experiment.cells import Cell, fill
@@ -26,7 +27,7 @@ from eval.experiment.summary import (
 )
 from eval.latency import device_name
 from eval.policies import load_planner
-from eval.runs import command_line, environment, write_atomically
+from eval.runs import command_line, environment
 from policies.baselines import Planner
 
 QUESTIONS = {

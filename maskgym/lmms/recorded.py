@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from backbones.errors import InputError
+from backbones.plain_files import MALFORMED, parse_json
 from eval.evaluate import Record, check_budgets
 from maskgym.lmms.requests import Request
 
@@ -58,13 +59,13 @@ class Recorded:
         try:
             with path.open() as file:
                 for line in file:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     there.add(record["budget"])
                     if record["budget"] in self.budgets:
                         self._records[_key(record), record["budget"]] = record
         except FileNotFoundError as error:
             raise InputError(f"answers {str(path)!r} does not exist; give a file that records=FILE has made") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise InputError(
                 f"answers {str(path)!r} is not readable ({error!r}); give a file that records=FILE has made"
             ) from error

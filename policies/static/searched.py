@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backbones.atomic import write_atomically
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
-from backbones.json_files import read_json
 from backbones.masks import Masks
+from backbones.plain_files import MALFORMED, read_json
 from policies.projection import project
 
 
@@ -49,7 +50,7 @@ class SearchedOrder:
         return json.dumps(asdict(self)) + "\n"
 
     def save(self, path: Path) -> None:
-        path.write_text(self.json())
+        write_atomically(path, self.json().encode())
 
     @classmethod
     def load(cls, path: Path) -> SearchedOrder:
@@ -65,7 +66,7 @@ class SearchedOrder:
             if len(layout) != 3:
                 raise ValueError("a layout has three sizes")
             return cls(order=order, layout=layout, **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise InputError(
                 f"no readable plan in {str(path)!r} ({error}); make one with: python -m eval search-static --out FILE"
             ) from error

@@ -1,0 +1,202 @@
+"""Images and columns that are not what they should be: refused by name, or taken where they are only odd."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from backbones import EncodingBank, InputError
+from backbones.images import read_image
+from envs.queries import DatasetQueries
+from tests.conftest import make_dataset
+from tests.refusals import Line, check_line
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+
+
+def drawn(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that says that it is so large, and holds nothing."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
+
+CUT = {
+    f"{format} cut at {tenth}/10": whole[: len(whole) * tenth // 10]
+    for format in FORMATS
+    for whole in [encoded(drawn(), format)]
+    for tenth in range(10)
+}
+"""Files that end too early. A few formats can do without their last bytes, so nine tenths is the most."""
+
+BROKEN = {
+    "text called png": b"This is a text.",
+    "web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "zip": b"PK\x03\x04" + bytes(100),
+    "zeros": bytes(1000),
+    "head of a png": b"\x89PNG\r\n\x1a\n",
+    "head of a jpeg": b"\xff\xd8\xff\xe0",
+    "decompression bomb": png_of_size(50_000, 50_000),
+    "bomb by width": png_of_size(2**31 - 1, 1),
+    "no width": png_of_size(0, 10),
+    "wrong check sum": encoded(drawn(), "PNG")[:40] + b"XX" + encoded(drawn(), "PNG")[42:],
+}
+
+
+@pytest.mark.parametrize("name", [*CUT, *BROKEN])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+def test_broken_images(name, tmp_path):
+    content = {**CUT, **BROKEN}[name]
+    with pytest.raises(InputError, match=r"image a.png cannot be decoded \(.*\); replace or remove it") as caught:
+        read_image(io.BytesIO(content), "image a.png")
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        read_image(tmp_path / "a.png", "image a.png")
+    assert "\n" not in str(caught.value)
+
+
+ODD = {
+    "CMYK": encoded(drawn("CMYK"), "JPEG"),
+    "16 bits": encoded(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), "PNG"),
+    "32 bits": encoded(Image.fromarray(np.arange(1200, dtype=np.int32).reshape(30, 40)), "TIFF"),
+    "float": encoded(Image.fromarray(np.ones((30, 40), np.float32)), "TIFF"),
+    "black and white": encoded(drawn("1"), "PNG"),
+    "grey with alpha": encoded(drawn("LA"), "PNG"),
+    "palette": encoded(drawn("P"), "PNG"),
+    "palette with transparency": encoded(drawn("P"), "PNG", transparency=b"\x00" * 256),
+    "animated": encoded(drawn(), "GIF", save_all=True, append_images=[drawn("L"), drawn()]),
+    "pages": encoded(drawn(), "TIFF", save_all=True, append_images=[drawn()]),
+    "one pixel": encoded(Image.new("RGB", (1, 1)), "PNG"),
+    "a thin line": encoded(Image.new("RGB", (400, 1)), "PNG"),
+    "YCbCr": encoded(drawn("YCbCr"), "TIFF"),
+    "LAB": encoded(drawn("LAB"), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_odd_images_are_taken(name, small):
+    image = read_image(io.BytesIO(ODD[name]), "image")
+    rows = {"image": [image], "question": ["what?"], "answers": [["red"]]}
+    queries = DatasetQueries(datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()), "odd", "test")
+    assert image.mode == "RGB" and len(EncodingBank(small, queries).gather([0])) == 1
+
+
+def rows(**columns):
+    return {"image": [drawn()] * 2, "question": ["a?", "b?"], "answers": [["red"], ["blue"]], **columns}
+
+
+COLUMNS = [
+    ("no columns", {}, "lacks the column 'image'"),
+    ("no question", {key: rows()[key] for key in ("image", "answers")}, "lacks the column 'question'"),
+    ("no image", {key: rows()[key] for key in ("question", "answers")}, "lacks the column 'image'"),
+    ("columns in capitals", {key.upper(): value for key, value in rows().items()}, "lacks the column 'image'"),
+    ("answer for answers", {"answer": ["a", "b"], **{k: rows()[k] for k in ("image", "question")}}, "lacks the column"),
+    ("answers: text", rows(answers=["red", "blue"]), "row 0: answers is 'red'"),
+    ("answers: numbers", rows(answers=[1, 2]), "row 0: answers is 1"),
+    ("answers: none", rows(answers=[["red"], None]), "row 1: answers is None"),
+    ("answers: all none", rows(answers=[None, None]), "row 0: answers is None"),
+    ("answers: empty", rows(answers=[["red"], []]), "row 1: answers is []"),
+    ("answers: all empty", rows(answers=[[], []]), "row 0: answers is []"),
+    ("answers: a hole", rows(answers=[["red", None], ["blue"]]), "row 0: answers is ['red', None]"),
+    ("answers: mappings", rows(answers=[[{"answer": "red"}], [{"answer": "blue"}]]), "row 0: answers is [{'answer'"),
+    ("answers: lists of lists", rows(answers=[[["red"]], [["blue"]]]), "row 0: answers is [['red']]"),
+    ("answers: a mapping", rows(answers=[{"a": "red"}, {"a": "blue"}]), "row 0: answers is {'a': 'red'}"),
+    ("question: none", rows(question=["a?", None]), "row 1: question is None"),
+    ("question: list", rows(question=[["a?"], ["b?"]]), "row 0: question is ['a?']"),
+    ("question: mapping", rows(question=[{"q": "a?"}, {"q": "b?"}]), "row 0: question is {'q': 'a?'}"),
+    ("image: numbers", rows(image=[1, 2]), "column 'image'"),
+    ("image: lists", rows(image=[["a.png"], ["b.png"]]), "column 'image'"),
+    ("scoring: unknown", rows(scoring=["vqav2", "bleu"]), "scoring is 'bleu'"),
+    ("scoring: a number", rows(scoring=[1, 2]), "scoring is 1"),
+    ("no rows", {"image": [], "question": [], "answers": []}, "has no rows"),
+]
+
+
+@pytest.mark.parametrize(("columns", "words"), [pytest.param(*case[1:], id=case[0]) for case in COLUMNS])
+def test_bad_columns(columns, words):
+    with pytest.raises(InputError) as caught:
+        DatasetQueries(datasets.Dataset.from_dict(columns), "mine", "test")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["", " ", "\x00\x01\x1b[31m", "\u202eright to left", "\U0001f9d1\u200d\U0001f52c?", "ä" * 30, "\n\n\t", "</s><s>"],
+)
+def test_odd_questions_are_taken(question, small):
+    queries = DatasetQueries(
+        datasets.Dataset.from_dict(rows(question=[question, "b?"])).cast_column("image", datasets.Image()),
+        "odd",
+        "test",
+    )
+    encoding = EncodingBank(small, queries).gather([0, 1])
+    assert len(small.answer(encoding, small.full(encoding)).texts) == 2
+
+
+@pytest.fixture(scope="module")
+def shelf(desk):
+    """Data sets of one query, and of queries that all fail."""
+    folder = desk["place"] / "shelf"
+    folder.mkdir()
+    undecoded = make_dataset(4).cast_column("image", datasets.Image(decode=False))
+    failing = {**undecoded.to_dict(), "image": [{"path": None, "bytes": b"rubbish"}] * 4}
+    long = {**make_dataset(2).to_dict(), "question": ["red " * 5000] * 2}
+    features = make_dataset(1).features
+    named = {"one": make_dataset(1)}
+    named["failing"] = datasets.Dataset.from_dict(failing, features=features)
+    named["long"] = datasets.Dataset.from_dict(long, features=features)
+    for name, dataset in named.items():
+        dataset.save_to_disk(folder / name)
+    return {**desk, **{name: folder / name for name in named}}
+
+
+SMALL = "--backbone {vlm} --out run --total-queries 4 --validate-queries 2 --test-queries 2 --test-budgets 0.9"
+FAILING = [
+    Line(f"{program} {options} --data {{{data}}}", words)
+    for data, words in (
+        ("failing", "cannot be decoded (it is in no known image format)"),
+        ("long", "shorten the question"),
+    )
+    for program, options in (
+        ("train_rl", f"{SMALL} --envs 4 --plans-per-query 2 --batch-size 4"),
+        ("train_gumbel", f"{SMALL} --batch-size 2"),
+        ("eval run full even", "--backbone {vlm}"),
+        ("eval tune fastv:k=1", "--backbone {vlm}"),
+        ("eval latency full", "--backbone {vlm}"),
+        ("eval audit random", "--backbone {vlm} --plans 0"),
+        ("eval demo even", "--backbone {vlm} --port 18765"),
+        ("eval search-static", "--backbone {vlm} --out static.json"),
+        ("eval elasticity", "--backbone {vlm}"),
+        ("eval scale-out", "--backbone {vlm} --rows 2 --repeats 1"),
+    )
+]
+
+
+FAILING.append(
+    Line(
+        "train_backbone --out run --backbone {vlm} --steps 1 --images 2 --questions 1 --data {failing}",
+        "cannot be decoded",
+    )
+)
+
+
+@pytest.mark.parametrize("line", FAILING, ids=lambda line: line.command.split(" --backbone")[0] + line.command[-10:])
+def test_data_without_a_query_that_works(line, monkeypatch, capsys, shelf):
+    check_line(line, monkeypatch, capsys, shelf["place"], shelf)
