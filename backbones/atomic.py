@@ -6,11 +6,13 @@ makes it last. What a kill leaves behind (``*.tmp``, ``.unfinished``, ``.removed
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from backbones.errors import InputError
 
@@ -43,6 +45,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary(path).unlink()
         raise cannot_write(path, error) from error
     sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, for people to read, too.
+
+    Raises:
+        InputError: a place where it cannot be written.
+    """
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:

@@ -5,7 +5,6 @@ Shape legend: B plans, F features.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from backbones.atomic import write_atomically
+from backbones.atomic import write_json
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
@@ -64,7 +63,7 @@ class LatencyModel:
         return features_BF @ torch.tensor(self.weights, dtype=torch.float64, device=features_BF.device)
 
     def save(self, path: Path) -> None:
-        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import re
 import shlex
@@ -18,8 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from backbones import Backbone, load_backbone
-from backbones.atomic import write_atomically
+from backbones import Backbone, atomic, load_backbone
 from backbones.errors import InputError as InputError
 from backbones.plain_files import read_config
 from eval.runs import RunFolder, check_place
@@ -202,4 +200,4 @@ def check_output(option: str, path: Path | None) -> None:
 
 def write_json(path: Path | None, rows: list[dict[str, object]]) -> None:
     if path is not None:
-        write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
+        atomic.write_json(path, rows)

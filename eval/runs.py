@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from backbones.atomic import cannot_write, temporary, write_atomically
+from backbones.atomic import cannot_write, temporary, write_atomically, write_json
 from backbones.errors import InputError
 from backbones.plain_files import parse_json, read_config
 
@@ -106,7 +106,7 @@ class RunFolder:
         if not command.exists():
             write_atomically(command, (command_line() + "\n").encode())
         if not versions.exists():
-            write_atomically(versions, (json.dumps(environment(), indent=2) + "\n").encode())
+            write_json(versions, environment())
 
     def _hold(self) -> None:
         """Lock the folder until this process ends, however it ends: two trainings would write into each other.
@@ -210,7 +210,7 @@ class RunFolder:
         write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write_result(self, records: Sequence[dict[str, Any]]) -> None:
-        write_atomically(self.path / "result.json", (json.dumps(list(records), indent=2) + "\n").encode())
+        write_json(self.path / "result.json", list(records))
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any, Literal, TypeGuard, overload
 import torch
 from PIL import Image
 
-from backbones.atomic import write_atomically
+from backbones.atomic import write_atomically, write_json
 from backbones.backbone import Backbone
 from backbones.encoding import Query
 from backbones.errors import InputError, check_count, first_line
@@ -216,8 +215,8 @@ class AdaptiveVLM:
             "backbone_options": self.backbone.options,
             "maskgym": environment()["maskgym"],
         }
-        write_atomically(folder / DESCRIPTION, (json.dumps(described, indent=2) + "\n").encode())
-        write_atomically(folder / RECORDS, (json.dumps(self.records, indent=2) + "\n").encode())
+        write_json(folder / DESCRIPTION, described)
+        write_json(folder / RECORDS, self.records)
         write_atomically(folder / "README.md", model_card(self.name, self.backbone, whole, self.records).encode())
 
     def push_to_hub(

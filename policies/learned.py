@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from backbones.atomic import write_atomically
+from backbones.atomic import write_atomically, write_json
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
@@ -75,7 +74,7 @@ def save_controller(controller: Controller, folder: Path, backbone: Backbone) ->
     weights = save({name: tensor.contiguous() for name, tensor in controller.state_dict().items()})
     write_atomically(folder / WEIGHTS, weights)
     described = {"kind": kind, **controller.config_dict(), MADE_FOR: fingerprint(backbone.model)}
-    write_atomically(folder / SIZES, (json.dumps(described, indent=2) + "\n").encode())
+    write_json(folder / SIZES, described)
 
 
 def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False) -> Controller:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Sequence
 from string import ascii_uppercase
 
+from backbones.plain_files import read_json
 from envs.benchmarks.layout import LETTER, Asked, Benchmark, Entry, Files
 from envs.benchmarks.reading import json_entries, tab_separated
 
@@ -19,7 +19,7 @@ def _with_options(context: str, question: str, choices: Sequence[str]) -> str:
 
 def _scienceqa(files: Files, part: str) -> Iterator[Entry]:
     """The problems of a split that have an image."""
-    of_split = set(json.loads(files["splits"].read_text(encoding="utf-8"))[part])
+    of_split = set(read_json(files["splits"])[part])
     for id, entry in json_entries(files["problems"]):
         if id in of_split and entry["image"]:
             yield {**entry, "id": id, "image": str(files["images"] / id / entry["image"])}

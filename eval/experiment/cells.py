@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from backbones import Backbone, EncodingBank
-from backbones.atomic import write_atomically
+from backbones.atomic import write_atomically, write_json
 from backbones.errors import InputError, first_line
 from backbones.plain_files import read_records
 from eval.evaluate import Record, outcomes_met
@@ -160,7 +159,7 @@ def measure(
     packed = BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **columns)
     write_atomically(cell.folder / OUTCOMES, packed.getvalue())
-    write_atomically(cell.folder / RECORDS, (json.dumps(records, indent=2) + "\n").encode())
+    write_json(cell.folder / RECORDS, records)
 
 
 def attempt(cell: Cell, work: Any) -> bool:

@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.atomic import temporary, write_atomically
+from backbones.atomic import temporary, write_atomically, write_json
 from backbones.plain_files import MALFORMED, read_json
 from envs import load_queries
 from envs.queries import DatasetQueries
@@ -136,7 +136,7 @@ class Experiment(cli.Placement):
 
     def _begin(self, head: dict[str, Any]) -> None:
         make_folder(self.out)
-        write_atomically(self.out / HEAD, (json.dumps(head, indent=2) + "\n").encode())
+        write_json(self.out / HEAD, head)
 
     def _search(self, backbone: Backbone) -> Path:
         """The file of the static plan, searched for if it is not there."""
@@ -167,7 +167,7 @@ class Experiment(cli.Placement):
             settings = settings_of(TUNED[self.name], read_grid(GRID))
             records, left_out = evaluate_settings(settings, backbone, bank, self.budgets)
             found = {"best": best_settings(records), "left_out": left_out, "records": records}
-            write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
+            write_json(file, found)
         return self._best(file)
 
     def _best(self, file: Path) -> dict[str, str]:
