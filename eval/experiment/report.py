@@ -76,18 +76,7 @@ class Report:
         ]
         self.tables = [table for table in tables if len(table.rows) > 1]
         self.claims = claims(name, self.results, compared, budgets)
-        self.missing = [
-            *(
-                (f"{result.name}, seed {seed}", why)
-                for result in self.results.values()
-                for seed, why in result.failures.items()
-            ),
-            *(
-                (f"{result.name} at {budget:g}", why)
-                for result in self.results.values()
-                for budget, why in result.gaps.items()
-            ),
-        ]
+        self.missing = [gap for result in self.results.values() for gap in result.missing()]
         self.facts = {
             "data": f"{queries.name}, test split, n = {len(queries):,}",
             "seeds": ", ".join(map(str, seeds)),

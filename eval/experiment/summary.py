@@ -102,6 +102,15 @@ class ArmResult:
     def meets(self, budgets: Sequence[float]) -> bool:
         return all(budget in self.records for budget in budgets)
 
+    def missing(self) -> list[tuple[str, str]]:
+        """What has no figures, and why; seeds of one reason together."""
+        reasons = dict.fromkeys(self.failures.values())
+        found = []
+        for why in reasons:
+            seeds = [str(seed) for seed, own in self.failures.items() if own == why]
+            found.append((f"{self.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}", why))
+        return found + [(f"{self.name} at {budget:g}", why) for budget, why in self.gaps.items()]
+
 
 def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
     """By arm, what its cells hold."""
