@@ -168,7 +168,7 @@ def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, d
     monkeypatch.setitem(arms.EXPERIMENTS, "dimensions", lambda prepared: [*ARMS[:4], Arm("stride", "stride")])
     experiment(monkeypatch, place, out, "--arms", "rl", name="dimensions")
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")} == before
-    assert "stride, seed 0</b>: not measured yet" in (out / "dimensions" / "report.html").read_text()
+    assert "stride, seeds 0, 1</b>: not measured yet" in (out / "dimensions" / "report.html").read_text()
     experiment(monkeypatch, place, out, name="dimensions")
     after = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")}
     assert {path.parent.parent.name for path in after.keys() - before.keys()} == {"stride"}
