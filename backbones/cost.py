@@ -90,6 +90,8 @@ class DecoderShape:
         The first answer token comes out of the prefill, so an answer of ``new_tokens`` takes one step fewer.
         Step t attends to what the prompt left in each layer and to t tokens of the answer.
         """
+        if isinstance(new_tokens, int) and new_tokens <= 1:
+            return torch.zeros(len(n), dtype=n.dtype, device=n.device)
         n_BL = n[:, None] if n.dim() == 1 else n
         steps_B = (torch.as_tensor(new_tokens, device=n.device) - 1).clamp_min(0).expand(len(n))
         per_token_BL, per_pair_BL = self.layer_terms(masks)

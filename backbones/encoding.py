@@ -10,14 +10,19 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from backbones.errors import InputError
 from backbones.saliency import Saliency
+
+LOOKED_UP = 65536
+"""Queries whose texts and image keys a bank remembers, the last that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,7 @@ class EncodingBank:
         self.capacity_bytes = capacity_bytes
         self.batch_size = batch_size
         self.failed: dict[int, str] = {}
+        self._text, self._image_key = (lru_cache(LOOKED_UP)(look_up) for look_up in (source.text, source.image_key))
         self._kept: OrderedDict[Hashable, EncodedImage] = OrderedDict()
         self._bytes = 0
 
@@ -221,9 +227,17 @@ class EncodingBank:
                 a question that does not fit the context, say); the message names the query.
         """
         numbers = self._within(numbers)
-        keys = [self.source.image_key(number) for number in numbers]
+        if continuations is not None:
+            return self._gather(numbers, continuations)
+        place = {number: row for row, number in enumerate(dict.fromkeys(numbers))}
+        once = self._gather(list(place))
+        repeats = len(place) < len(numbers)
+        return once.rows(torch.tensor([place[number] for number in numbers])) if repeats else once
+
+    def _gather(self, numbers: list[int], continuations: Sequence[list[int]] | None = None) -> Encoding:
+        keys = [self._image_key(number) for number in numbers]
         images = self._images(dict(zip(keys, numbers, strict=True)))
-        ids, questions, answers = zip(*(self.source.text(number) for number in numbers), strict=True)
+        ids, questions, answers = zip(*(self._text(number) for number in numbers), strict=True)
         shown = [images[key] for key in keys]
         return self.encoder.assemble(shown, questions, list(ids), list(answers), continuations)
 

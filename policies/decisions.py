@@ -57,6 +57,23 @@ class Decisions:
         return (F.softplus(self.logits_BA) - self.logits_BA * probability_BA).mul(self.free_BA).sum(1)
 
 
+@dataclass(frozen=True)
+class Budgeted:
+    """A batch of queries that a controller has read, with what each may spend.
+
+    Attributes:
+        encoding: the queries.
+        reading: what the controller made of them.
+        limits_B: FLOPs that the budgets leave to the plans, the controller's own taken off.
+        budgets_B: shares of the full plan's LLM FLOPs.
+    """
+
+    encoding: Encoding
+    reading: Reading
+    limits_B: Tensor
+    budgets_B: Tensor
+
+
 class Decider:
     """Drives a controller on a backbone's encodings.
 
@@ -79,10 +96,13 @@ class Decider:
         """(B,) FLOPs of each row's decision."""
         return self.controller.flops(encoding.text_tokens)
 
-    def read(self, encoding: Encoding, budgets_B: Tensor) -> Reading:
-        return self.controller.read(
+    def read(self, encoding: Encoding, budgets_B: Tensor) -> Budgeted:
+        """Read queries, each with its share of the full plan's LLM FLOPs."""
+        reading = self.controller.read(
             encoding.visual_BND, encoding.visual_valid_BN, encoding.text_BTD, encoding.text_valid_BT, budgets_B
         )
+        affordable_B = budget_flops(budgets_B, self.backbone.full_llm_flops(encoding))
+        return Budgeted(encoding, reading, affordable_B - self.controller_flops(encoding), budgets_B)
 
     def free(self, encoding: Encoding) -> Tensor:
         """(B, A) bool: the bits on which something is decided."""
@@ -111,26 +131,23 @@ class Decider:
         rest = Gates.of(self.layout.full(len(encoding), tokens_BN.device))
         return self.flops(encoding, Gates(tokens_BN.double(), rest.heads, rest.layers))
 
-    def budget_left(self, encoding: Encoding, tokens_BN: Tensor, budgets_B: Tensor) -> Tensor:
+    def budget_left(self, read: Budgeted, tokens_BN: Tensor) -> Tensor:
         """(B,) share of the cost of all heads and layers at the kept tokens that the budget still pays for."""
-        return self.limits(encoding, budgets_B).clamp_min(0) / self._tokens_alone(encoding, tokens_BN.detach())
+        return read.limits_B.clamp_min(0) / self._tokens_alone(read.encoding, tokens_BN.detach())
 
-    def limits(self, encoding: Encoding, budgets_B: Tensor) -> Tensor:
-        """(B,) FLOPs that the budgets leave to the plans, the controller's own taken off."""
-        return budget_flops(budgets_B, self.backbone.full_llm_flops(encoding)) - self.controller_flops(encoding)
-
-    def token_logits(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, temperature: float = 1.0) -> Tensor:
+    def token_logits(self, read: Budgeted, temperature: float = 1.0) -> Tensor:
         """Level 1: keep-logits (B, N); under the ``fill`` rule shifted so that they spend the budget in expectation,
         together with what the second level would do."""
-        logits_BN = self.controller.token_logits(reading)
+        logits_BN = self.controller.token_logits(read.reading)
         if not self.fills or not self.decides_tokens:
             return logits_BN
-        limits_B, free_BA, valid_BN = self.limits(encoding, budgets_B), self.free(encoding), encoding.visual_valid_BN
+        encoding, limits_B = read.encoding, read.limits_B
+        free_BA, valid_BN = self.free(encoding), encoding.visual_valid_BN
         if not self.decides_llm:
             free_BN = free_BA[:, self.layout.level1]
             return fill(logits_BN, free_BN, partial(self._tokens_alone, encoding), limits_B, temperature)
         # What the second level would do with all tokens says how the budget is split.
-        whole = self.controller.llm_logits(reading, valid_BN.float(), self.budget_left(encoding, valid_BN, budgets_B))
+        whole = self.controller.llm_logits(read.reading, valid_BN.float(), self.budget_left(read, valid_BN))
 
         def price(gates_BA: Tensor) -> Tensor:
             return self.flops(encoding, self.gates(gates_BA))
@@ -138,29 +155,25 @@ class Decider:
         logits_BA = torch.cat([logits_BN, whole], dim=1)
         return fill(logits_BA, free_BA, price, limits_B, temperature)[:, self.layout.level1]
 
-    def llm_logits(
-        self, encoding: Encoding, reading: Reading, tokens_BN: Tensor, budgets_B: Tensor, temperature: float = 1.0
-    ) -> Tensor:
+    def llm_logits(self, read: Budgeted, tokens_BN: Tensor, temperature: float = 1.0) -> Tensor:
         """Level 2: keep-logits (B, A2) given the tokens kept; under the ``fill`` rule they spend in expectation what
         the budget leaves.
 
         Args:
-            encoding: B queries.
-            reading: of them.
+            read: B queries.
             tokens_BN: the tokens kept: bool, or relaxed if gradients are to reach level 1 through level 2.
-            budgets_B: shares of the full plan's LLM FLOPs.
             temperature: of relaxed plans.
         """
         tokens_BN = tokens_BN if tokens_BN.is_floating_point() else tokens_BN.float()
-        logits = self.controller.llm_logits(reading, tokens_BN, self.budget_left(encoding, tokens_BN, budgets_B))
+        logits = self.controller.llm_logits(read.reading, tokens_BN, self.budget_left(read, tokens_BN))
         if not self.fills or not self.decides_llm:
             return logits
 
         def price(gates: Tensor) -> Tensor:
-            return self.flops(encoding, self.gates(torch.cat([tokens_BN, gates], dim=1)))
+            return self.flops(read.encoding, self.gates(torch.cat([tokens_BN, gates], dim=1)))
 
         free = self.free_A[self.layout.level2].expand_as(logits)
-        return fill(logits, free, price, self.limits(encoding, budgets_B), temperature)
+        return fill(logits, free, price, read.limits_B, temperature)
 
     def gates(self, flat_BA: Tensor) -> Gates:
         """Relaxed plans from flat numbers in [0, 1]."""
@@ -168,11 +181,12 @@ class Decider:
         tokens, heads, layers = flat_BA.split([layout.tokens, layout.layers * layout.heads, layout.layers], dim=1)
         return Gates(tokens, heads.unflatten(1, (layout.layers, layout.heads)), layers)
 
-    def decide(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, sample: bool) -> Decisions:
+    def decide(self, read: Budgeted, sample: bool) -> Decisions:
         """Choose both levels in turn: by drawing; or every unit whose logit is positive. Under the ``fill`` rule the
         most confident tokens, as many as are expected; on the last level that is decided every unit, for ``fit`` to
         drop the least confident of them."""
-        token_logits_BN = self.token_logits(encoding, reading, budgets_B)
+        encoding = read.encoding
+        token_logits_BN = self.token_logits(read)
         free_BN = self.free(encoding)[:, self.layout.level1]
         if sample:
             kept_BN = _draw(token_logits_BN)
@@ -184,7 +198,7 @@ class Decider:
         else:
             kept_BN = torch.ones_like(free_BN)
         kept_BN = (kept_BN | ~self.free_A[self.layout.level1]) & encoding.visual_valid_BN
-        llm_logits = self.llm_logits(encoding, reading, kept_BN, budgets_B)
+        llm_logits = self.llm_logits(read, kept_BN)
         if sample:
             kept = _draw(llm_logits)
         else:
@@ -192,26 +206,26 @@ class Decider:
         bits_BA = torch.cat([kept_BN, kept], dim=1) | ~self.free_A
         return self._checked(encoding, torch.cat([token_logits_BN, llm_logits], dim=1), bits_BA)
 
-    def review(self, encoding: Encoding, reading: Reading, budgets_B: Tensor, bits_BA: Tensor) -> Decisions:
+    def review(self, read: Budgeted, bits_BA: Tensor) -> Decisions:
         """The same logits for bits that were chosen earlier."""
-        llm_logits = self.llm_logits(encoding, reading, bits_BA[:, self.layout.level1], budgets_B)
-        logits_BA = torch.cat([self.token_logits(encoding, reading, budgets_B), llm_logits], dim=1)
-        return self._checked(encoding, logits_BA, bits_BA)
+        llm_logits = self.llm_logits(read, bits_BA[:, self.layout.level1])
+        return self._checked(read.encoding, torch.cat([self.token_logits(read), llm_logits], dim=1), bits_BA)
 
     def _checked(self, encoding: Encoding, logits_BA: Tensor, bits_BA: Tensor) -> Decisions:
         check_finite("the controller's logits are", logits_BA, encoding.ids, "lower --learning-rate, or train it anew")
         return Decisions(logits_BA, bits_BA, self.free(encoding))
 
-    def fit(self, encoding: Encoding, decisions: Decisions, budgets_B: Tensor) -> Masks:
+    def fit(self, read: Budgeted, decisions: Decisions) -> Masks:
         """The decided plans, laid out and projected into their budgets with the logits as confidence. Under the
         ``fill`` rule the last level that is decided makes room alone, as far as it can: it is what spends the rest."""
+        encoding = read.encoding
         masks = replace(self.layout.unflatten(decisions.bits_BA), survivors=self.survivors(encoding))
         confidence_BA = decisions.logits_BA.detach().double()
         if self.fills and self.decides_llm:
             above_B1 = confidence_BA.amax(1, keepdim=True) - confidence_BA.amin(1, keepdim=True) + 1
             confidence_BA[:, self.layout.level1] += above_B1
         flops = self.controller_flops(encoding)
-        return project(self.backbone, masks, confidence_BA, budgets_B, encoding, flops, self.axes)
+        return project(self.backbone, masks, confidence_BA, read.budgets_B, encoding, flops, self.axes)
 
 
 def _draw(logits: Tensor) -> Tensor:

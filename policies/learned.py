@@ -45,9 +45,8 @@ class ControllerPlanner:
 
     @torch.no_grad()
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        reading = self.decider.read(encoding, budgets_B)
-        decisions = self.decider.decide(encoding, reading, budgets_B, sample=False)
-        return self.decider.fit(encoding, decisions, budgets_B)
+        read = self.decider.read(encoding, budgets_B)
+        return self.decider.fit(read, self.decider.decide(read, sample=False))
 
     def controller_flops(self, encoding: Encoding) -> Tensor:
         return self.decider.controller_flops(encoding)

@@ -57,19 +57,19 @@ def gumbel_straight_through(
         fit: whether the bits are projected into the budget, as they are when the controller is used; the projection
             passes gradients straight through too.
     """
-    reading = decider.read(encoding, budgets_B)
+    read = decider.read(encoding, budgets_B)
     free_BA = decider.free(encoding)
     free_BN = free_BA[:, decider.layout.level1]
-    token_logits_BN = _with_noise(decider.token_logits(encoding, reading, budgets_B))
+    token_logits_BN = _with_noise(decider.token_logits(read))
     soft_BN = _soft(token_logits_BN, free_BN, temperature)
     kept_BN = (token_logits_BN > 0) | ~free_BN
     gates_BN = _straight_through(kept_BN, soft_BN) * encoding.visual_valid_BN
-    llm_logits = _with_noise(decider.llm_logits(encoding, reading, gates_BN, budgets_B))
+    llm_logits = _with_noise(decider.llm_logits(read, gates_BN))
     logits_BA = torch.cat([token_logits_BN, llm_logits], dim=1)
     soft_BA = torch.cat([soft_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
     bits_BA = (logits_BA > 0) | ~free_BA
     if fit:
-        masks = decider.fit(encoding, Decisions(logits_BA.detach(), bits_BA, free_BA), budgets_B)
+        masks = decider.fit(read, Decisions(logits_BA.detach(), bits_BA, free_BA))
         bits_BA = decider.layout.flatten(masks)
     return Relaxed(_straight_through(bits_BA, soft_BA), soft_BA)
 
@@ -90,13 +90,13 @@ def soft_top_k(
         noise: standard deviation of the noise; it keeps units apart from the threshold, so that little is lost when the
             gates become bits.
     """
-    reading = decider.read(encoding, budgets_B)
+    read = decider.read(encoding, budgets_B)
     free_BA = decider.free(encoding)
     free_BN = free_BA[:, decider.layout.level1]
-    token_logits_BN = decider.token_logits(encoding, reading, budgets_B, temperature)
+    token_logits_BN = decider.token_logits(read, temperature)
     token_logits_BN = token_logits_BN + noise * torch.randn_like(token_logits_BN)
     gates_BN = _soft(token_logits_BN, free_BN, temperature) * encoding.visual_valid_BN
-    llm_logits = decider.llm_logits(encoding, reading, gates_BN, budgets_B, temperature)
+    llm_logits = decider.llm_logits(read, gates_BN, temperature)
     llm_logits = llm_logits + noise * torch.randn_like(llm_logits)
     gates_BA = torch.cat([gates_BN, _soft(llm_logits, free_BA[:, decider.layout.level2], temperature)], dim=1)
     return Relaxed(gates_BA, gates_BA)

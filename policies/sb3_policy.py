@@ -21,12 +21,12 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
-from backbones.encoding import Encoding, EncodingBank
+from backbones.encoding import EncodingBank
 from backbones.errors import InputError, queries_named
 from backbones.finite import refuse_bad_gradients
 from backbones.masks import MaskLayout
-from policies.controller import ControllerConfig, Reading, TwoLevelController
-from policies.decisions import Decider, Decisions
+from policies.controller import ControllerConfig, TwoLevelController
+from policies.decisions import Budgeted, Decider, Decisions
 
 RATIOS = ("joint", "level", "axis", "bit")
 """PPO clips the ratio of new to old probability. ``joint``: of the whole plan, which leaves the clip range at once when
@@ -86,33 +86,32 @@ class TwoLevelPolicy(ActorCriticPolicy):
         self.controller = TwoLevelController(config)
         self.critic = nn.Sequential(nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, 1))
         self.decider = Decider(self.controller, self.backbone)
-        self.pending: tuple[Encoding, Decisions, Tensor] | None = None
+        self.pending: tuple[Budgeted, Decisions] | None = None
         self.optimizer = self.optimizer_class(self.parameters(), **{"lr": lr_schedule(1), **self.optimizer_kwargs})
         refuse_bad_gradients(self.optimizer, lambda: f"in a minibatch ({queries_named(self._ids)})")
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B, A), values (B, 1) and log-probabilities (B, K), one for every ratio."""
-        encoding, budgets_B, reading = self._read(obs)
-        decisions = self.decider.decide(encoding, reading, budgets_B, sample=not deterministic)
-        self.pending = encoding, decisions, budgets_B
-        return decisions.bits_BA.to(torch.int8), self.critic(reading.context_BW), self._log_probs(decisions)
+        read = self._read(obs)
+        decisions = self.decider.decide(read, sample=not deterministic)
+        self.pending = read, decisions
+        return decisions.bits_BA.to(torch.int8), self._values(read), self._log_probs(decisions)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values (B, 1), log-probabilities (B, K) and mean entropy per decision (B,)."""
-        encoding, budgets_B, reading = self._read(obs)
-        decisions = self.decider.review(encoding, reading, budgets_B, actions.bool())
+        read = self._read(obs)
+        decisions = self.decider.review(read, actions.bool())
         # Per decision, so that an entropy coefficient means the same for 94 decisions and for 1,632.
         entropy_B = decisions.entropy() / decisions.free_BA.sum(1)
-        return self.critic(reading.context_BW), self._log_probs(decisions), entropy_B
+        return self._values(read), self._log_probs(decisions), entropy_B
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
-        return self.critic(self._read(obs)[2].context_BW)
+        return self._values(self._read(obs))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Actions that fit their budgets."""
-        encoding, budgets_B, reading = self._read(observation)
-        decisions = self.decider.decide(encoding, reading, budgets_B, sample=not deterministic)
-        masks = self.decider.fit(encoding, decisions, budgets_B)
+        read = self._read(observation)
+        masks = self.decider.fit(read, self.decider.decide(read, sample=not deterministic))
         return self.backbone.layout.flatten(masks).to(torch.int8)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
@@ -121,20 +120,21 @@ class TwoLevelPolicy(ActorCriticPolicy):
     def fitted(self) -> np.ndarray:
         """The actions of the last ``forward``, projected into their budgets, (B, A) int8."""
         assert self.pending is not None, "no forward pass to project"
-        encoding, decisions, budgets_B = self.pending
-        masks = self.decider.fit(encoding, decisions, budgets_B)
+        masks = self.decider.fit(*self.pending)
         return self.backbone.layout.flatten(masks).cpu().numpy().astype(np.int8)
 
     def _log_probs(self, decisions: Decisions) -> Tensor:
         parts = decisions.log_prob_of_bits().split(self.ratio_sizes, dim=1)
         return torch.stack([part.sum(1) for part in parts], dim=1)
 
-    def _read(self, obs: PyTorchObs) -> tuple[Encoding, Tensor, Reading]:
+    def _values(self, read: Budgeted) -> Tensor:
+        return self.critic(read.reading.context_BW)
+
+    def _read(self, obs: PyTorchObs) -> Budgeted:
         assert isinstance(obs, dict)
-        budgets_B = obs["budget"][:, 0]
         encoding = self.bank.gather(obs["query"][:, 0].long().cpu().numpy())
         self._ids = encoding.ids
-        return encoding, budgets_B, self.decider.read(encoding, budgets_B)
+        return self.decider.read(encoding, obs["budget"][:, 0])
 
 
 class FittedVecEnv(VecEnvWrapper):

@@ -73,7 +73,7 @@ def test_controller(backbone, bank, text_numbers):
     budgets = torch.tensor([0.5])
 
     def decide() -> None:
-        decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
+        decider.decide(decider.read(encoding, budgets), sample=True)
 
     assert counted(decide) == int(controller.flops(encoding.text_tokens)[0])
 

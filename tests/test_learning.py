@@ -43,7 +43,7 @@ def score(backbone, source, plans):
     budgets = torch.linspace(0.6, 1.0, 100)
     encoding = EncodingBank(backbone, source).gather(np.arange(100) % len(source))
     with torch.no_grad():
-        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=False)
+        decisions = decider.decide(decider.read(encoding, budgets), sample=False)
     share = backbone.layout.unflatten(decisions.bits_BA).tokens.double().mean(1).numpy()
     return -float(np.abs(share - wanted_share(budgets.numpy())).mean())
 

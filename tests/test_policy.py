@@ -76,7 +76,7 @@ def log_probs(decider, encoding, budget, bits):
     repeated = encoding.rows(torch.zeros(len(bits), dtype=torch.long))
     budgets = torch.full((len(bits),), budget)
     with torch.no_grad():
-        return decider.review(repeated, decider.read(repeated, budgets), budgets, bits).log_prob()
+        return decider.review(decider.read(repeated, budgets), bits).log_prob()
 
 
 @pytest.mark.parametrize("rule", ["threshold", "fill"])
@@ -101,7 +101,7 @@ def test_sampled_frequencies_match_the_joint_probabilities(smallest, rule):
     budgets = torch.full((draws,), 0.6)
     torch.manual_seed(1)
     with torch.no_grad():
-        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
+        decisions = decider.decide(decider.read(encoding, budgets), sample=True)
     powers = 2 ** torch.arange(smallest.layout.size - 1, -1, -1)
     counts = torch.bincount((decisions.bits_BA * powers).sum(1), minlength=1024) / draws
     exact = log_probs(decider, encoding.rows(torch.tensor([0])), 0.6, every_action(smallest.layout)).exp()
@@ -120,10 +120,9 @@ def test_filling_plans_spend_their_budgets_in_the_mean(smallest, axes):
     budgets = torch.full((4000,), budget, dtype=torch.float64)
     torch.manual_seed(0)
     with torch.no_grad():
-        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
-        plans = decider.fit(
-            encoding, decider.decide(encoding, decider.read(encoding, budgets), budgets, False), budgets
-        )
+        read = decider.read(encoding, budgets)
+        decisions = decider.decide(read, sample=True)
+        plans = decider.fit(read, decider.decide(read, sample=False))
     full = smallest.full_llm_flops(encoding)
     flops = decider.controller_flops(encoding)
     sampled = smallest.cost(encoding, smallest.layout.unflatten(decisions.bits_BA), flops).llm / full
@@ -139,7 +138,7 @@ def test_second_level_is_conditioned_on_the_first(smallest):
     bits = torch.ones(2, smallest.layout.size, dtype=torch.bool)
     bits[1, :3] = False
     with torch.no_grad():
-        logits = decider.review(encoding, decider.read(encoding, budgets), budgets, bits).logits_BA
+        logits = decider.review(decider.read(encoding, budgets), bits).logits_BA
     assert torch.equal(logits[0, smallest.layout.level1], logits[1, smallest.layout.level1])
     assert (logits[0, smallest.layout.level2] - logits[1, smallest.layout.level2]).abs().min() > 1e-4
 
@@ -149,8 +148,7 @@ def test_entropy_of_a_level_against_enumeration(smallest):
     encoding = EncodingBank(smallest, some_queries()).gather([0])
     budgets = torch.tensor([0.6])
     with torch.no_grad():
-        reading = decider.read(encoding, budgets)
-        decisions = decider.decide(encoding, reading, budgets, sample=False)
+        decisions = decider.decide(decider.read(encoding, budgets), sample=False)
     p = decisions.logits_BA.sigmoid()
     by_hand = -(p * p.log() + (1 - p) * (1 - p).log()).sum(1)
     assert torch.allclose(decisions.entropy(), by_hand, atol=1e-5)
@@ -161,7 +159,7 @@ def test_protected_units_are_no_decisions(small, source):
     encoding = EncodingBank(small, source).gather([0, 1])
     budgets = torch.tensor([0.6, 0.9])
     with torch.no_grad():
-        decisions = decider.decide(encoding, decider.read(encoding, budgets), budgets, sample=True)
+        decisions = decider.decide(decider.read(encoding, budgets), sample=True)
     protected = small.layout.protected()
     assert decisions.bits_BA[:, protected].all()
     changed = type(decisions)(decisions.logits_BA + 3.0 * protected, decisions.bits_BA, decisions.free_BA)

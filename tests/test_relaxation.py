@@ -82,8 +82,7 @@ def test_a_soft_top_k_costs_its_budget(small, encoding, temperature, axes):
 @pytest.mark.parametrize("positions", ["original", "restored"])
 def test_relaxed_flops_are_the_cost_models_at_bits(small, encoding, positions):
     decider = decider_of(small, rule="fill", positions=positions)
-    reading = decider.read(encoding, BUDGETS)
-    bits_BA = decider.decide(encoding, reading, BUDGETS, sample=True).bits_BA
+    bits_BA = decider.decide(decider.read(encoding, BUDGETS), sample=True).bits_BA
     bits_BA[0] = True
     masks = replace(small.layout.unflatten(bits_BA), survivors=decider.survivors(encoding))
     assert torch.equal(
@@ -97,7 +96,7 @@ def test_a_filling_plan_keeps_as_many_tokens_as_it_would_on_average(small, encod
     for budget in (0.5, 0.7, 0.9):
         budgets = torch.full((3000,), budget, dtype=torch.float64)
         drawn, best = (
-            decider.decide(rows, decider.read(rows, budgets), budgets, sample).bits_BA[:, small.layout.level1].sum(1)
+            decider.decide(decider.read(rows, budgets), sample).bits_BA[:, small.layout.level1].sum(1)
             for sample in (True, False)
         )
         assert abs(float(drawn.float().mean()) - int(best[0])) < 0.6 and drawn.float().std() > 0.5
