@@ -94,6 +94,7 @@ class Backbone:
         self.expected_answer_tokens, self.max_visual_tokens = expected_answer_tokens, max_visual_tokens
         self._one_by_one = RLock()  # tokenizers change as they pad, and what the tower says is heard through hooks
         self.prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
+        self._answer_ids = lru_cache(maxsize=65536)(self._tokenize_answer)
         self._decode_ids = lru_cache(maxsize=65536)(self._detokenize)
 
     @property
@@ -327,8 +328,11 @@ class Backbone:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer's text as it follows the prompt, without an end token."""
+        return list(self._answer_ids(answer))
+
+    def _tokenize_answer(self, answer: str) -> tuple[int, ...]:
         with self._one_by_one:
-            return self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            return tuple(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
 
     def _detokenize(self, ids: tuple[int, ...]) -> str:
         with self._one_by_one:

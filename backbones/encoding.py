@@ -215,6 +215,10 @@ class EncodingBank:
     def __len__(self) -> int:
         return len(self.source)
 
+    def ids(self, numbers: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of some queries."""
+        return [self._text(int(number))[0] for number in numbers]
+
     def gather(self, numbers: Sequence[int] | np.ndarray, continuations: Sequence[list[int]] | None = None) -> Encoding:
         """The encodings of some queries, in order; numbers may repeat.
 
@@ -227,12 +231,10 @@ class EncodingBank:
                 a question that does not fit the context, say); the message names the query.
         """
         numbers = self._within(numbers)
-        if continuations is not None:
-            return self._gather(numbers, continuations)
         place = {number: row for row, number in enumerate(dict.fromkeys(numbers))}
-        once = self._gather(list(place))
-        repeats = len(place) < len(numbers)
-        return once.rows(torch.tensor([place[number] for number in numbers])) if repeats else once
+        if continuations is not None or 2 * len(place) > len(numbers):  # picking rows is a copy, too
+            return self._gather(numbers, continuations)
+        return self._gather(list(place)).rows(torch.tensor([place[number] for number in numbers]))
 
     def _gather(self, numbers: list[int], continuations: Sequence[list[int]] | None = None) -> Encoding:
         keys = [self._image_key(number) for number in numbers]

@@ -157,8 +157,7 @@ class MaskingCore:
             InputError: an action of another length, with other values or without a layer, or a reward that fails.
         """
         terms, parts = self.execute(numbers, budgets, actions)
-        ids = [self.source.text(int(number))[0] for number in numbers]
-        return Outcome(self.reward(terms, ids), {**terms.as_dict(), **parts})
+        return Outcome(self.reward(terms, self.bank.ids(numbers)), {**terms.as_dict(), **parts})
 
     def execute(
         self, numbers: np.ndarray, budgets: np.ndarray, actions: np.ndarray
