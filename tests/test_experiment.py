@@ -412,16 +412,18 @@ def test_plots_stand_ours_out_and_list_the_best_first(monkeypatch, tmp_path, oth
     monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure))
     drawn = []
     rivals = {f"rule {number}": (0.70 + number / 100, 0.8, 0.9) for number in range(others)}
-    curves = {**rivals, "collapsed": (0.1, 0.1, 0.1), "rl": (0.9, 0.93, 0.95), "full": (None, None, 0.97)}
-    results = made(tmp_path, curves, seeds=2, unbudgeted=("full",))
+    alone = {"full": (None, None, 0.97), "as published": (None, None, 0.9)}
+    curves = {**alone, **rivals, "collapsed": (0.1, 0.1, 0.1), "rl": (0.9, 0.93, 0.95)}
+    results = made(tmp_path, curves, seeds=2, unbudgeted=tuple(alone))
     for cell in results["rl"].cells:
         write_run(cell.run, [0.6 + 0.1 * cell.seed, 0.8])
+        write_run(results["collapsed"].cells[cell.seed].run, [0.1, 0.1])
     path = pictures.draw_tradeoff(results, estimates(results, None), BUDGETS, "llm_flops_ratio", "title", tmp_path)
     pictures.draw_adherence(results, BUDGETS, tmp_path)
     pictures.draw_learning(results, BUDGETS, tmp_path)
     tradeoff, adherence, learning = drawn
     best = ["rl", *(f"rule {number}" for number in reversed(range(others))), "collapsed"]
-    assert [text.get_text() for text in tradeoff.legends[0].get_texts()] == ["full (97.0 %)", *best]
+    assert [text.get_text() for text in tradeoff.legends[0].get_texts()] == ["full (97.0 %)", *best, "as published"]
     assert [text.get_text() for text in adherence.legends[0].get_texts()] == ["all that was asked", *best]
     (axes,) = tradeoff.axes
     box = tradeoff.legends[0].get_window_extent()
@@ -433,6 +435,8 @@ def test_plots_stand_ours_out_and_list_the_best_first(monkeypatch, tmp_path, oth
     assert {2.4, 1.2} <= widths
     shares = [line.get_ydata() for line in adherence.axes[0].lines]
     assert list(shares[0]) == [1, 1] and all(list(own) == pytest.approx([0.9] * 3) for own in shares[1:])
+    zoomed, whole = (axes.get_ylim()[0] for axes in learning.axes)
+    assert 40 < zoomed < 60 and whole < 10, "the upper panel is cut for ours, the lower one shows all"
     (mean,) = (line for line in learning.axes[0].lines if line.get_linewidth() == 2.4)
     assert list(mean.get_ydata()) == pytest.approx([65, 80]) and list(mean.get_xdata()) == [100, 200]
     assert path.is_file() and path.with_suffix(".svg").is_file() and (tmp_path / "learning.png").is_file()

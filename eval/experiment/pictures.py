@@ -41,6 +41,8 @@ STYLES: Any = {
 STRONG = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#332288")
 MUTED = ("#7f7f7f", "#b0906a", "#7fa0b8", "#c08aa3", "#88ab83", "#a39ac9", "#c2a552", "#a86f6f", "#5f8f8c")
 DASHES = ("-", "--", "-.", ":")
+LIMIT: Any = {"color": "0.25", "linestyle": (0, (6, 3)), "linewidth": 1.4}
+"""Of the line that others are seen against: the full model's accuracy, or all that was asked."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +90,27 @@ def draw_tradeoff(
     with plt.rc_context(STYLES):
         figure, axes = plt.subplots(layout="constrained")
         heights: dict[str, list[float]] = {}
+        handles: list[Any] = []
         for result in ranked(results, budgets):
             name, own = result.name, sorted(result.records)
             parts = [found[name, budget][0] for budget in own]
             x, y = [100 * result.mean(budget, field) for budget in own], [100 * part.value for part in parts]
             heights[name] = y
             if name == FULL.name:
-                axes.axhline(y[0], color="0.25", linestyle=(0, (6, 3)), linewidth=1.4, label=f"full ({y[0]:.1f} %)")
+                handles.append(axes.axhline(y[0], label=f"full ({y[0]:.1f} %)", **LIMIT))
             elif not result.budgeted:
                 color = look[name].options["color"]
-                axes.plot(x, y, marker="*", markersize=10, linestyle="", color=color, label=name, zorder=3)
+                handles += axes.plot(x, y, marker="*", markersize=10, linestyle="", color=color, label=name, zorder=3)
             else:
                 errors = 100 * np.array([[part.value - part.low, part.high - part.value] for part in parts]).T
                 cap = 3 if look[name].ours else 0
-                axes.errorbar(x, y, errors, capsize=cap, elinewidth=1, label=name, **look[name].options)
+                bars: dict[str, Any] = {"capsize": cap, "elinewidth": 1, "label": name}
+                handles.append(axes.errorbar(x, y, errors, **bars, **look[name].options))
         _cut(axes, heights)
         axes.set(xlabel=f"{label} spent, choosing included", ylabel="accuracy")
         axes.set_title(title, fontsize=11)
         _percent(axes.xaxis, axes.yaxis)
-        _legend(figure, axes)
+        _legend(figure, handles)
         return _save(figure, folder, f"accuracy-{field.partition('_')[0]}-flops")
 
 
@@ -115,18 +119,19 @@ def draw_adherence(results: Mapping[str, ArmResult], budgets: Sequence[float], f
     look = looks(list(results))
     with plt.rc_context(STYLES):
         figure, axes = plt.subplots(layout="constrained")
-        axes.axhline(1, color="0.25", linestyle=(0, (6, 3)), linewidth=1.4, label="all that was asked")
+        handles: list[Any] = [axes.axhline(1, label="all that was asked", **LIMIT)]
         for result in ranked(results, budgets):
             if result.budgeted:
                 own = sorted(result.records)
                 shares = [result.mean(budget, "llm_flops_ratio") / budget for budget in own]
-                axes.plot([100 * budget for budget in own], shares, label=result.name, **look[result.name].options)
+                x = [100 * budget for budget in own]
+                handles += axes.plot(x, shares, label=result.name, **look[result.name].options)
         axes.set(xlabel="LLM FLOPs asked (budget)", ylabel="spent / asked", xscale="log")
         axes.set_xticks([100 * budget for budget in budgets])
         axes.set_xticks([], minor=True)
         axes.set_title("What plans spend of their budget", fontsize=11)
         _percent(axes.xaxis)
-        _legend(figure, axes)
+        _legend(figure, handles)
         return _save(figure, folder, "budgets")
 
 
@@ -136,6 +141,7 @@ def draw_learning(results: Mapping[str, ArmResult], budgets: Sequence[float], fo
     with plt.rc_context(STYLES):
         figure, both = plt.subplots(2, 1, layout="constrained")
         heights: dict[str, list[float]] = {}
+        handles: list[Any] = []
         for result in ranked(results, budgets):
             runs = [np.array(run) * (1, 1, 100) for run in map(validations, result.cells) if run]
             if not runs:
@@ -150,7 +156,8 @@ def draw_learning(results: Mapping[str, ArmResult], budgets: Sequence[float], fo
                         axes.plot(run_PC[:, column], run_PC[:, 2], color=color, linewidth=0.8, alpha=0.3)
                     band = (mean_PC[:, 2] - spread_P, mean_PC[:, 2] + spread_P)
                     axes.fill_between(mean_PC[:, column], *band, color=color, alpha=0.15, linewidth=0)
-                axes.plot(mean_PC[:, column], mean_PC[:, 2], label=result.name, **options)
+                (line,) = axes.plot(mean_PC[:, column], mean_PC[:, 2], label=result.name, **options)
+            handles.append(line)
         if not heights:
             plt.close(figure)
             return None
@@ -161,7 +168,7 @@ def draw_learning(results: Mapping[str, ArmResult], budgets: Sequence[float], fo
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.7g}")
         _percent(both[0].yaxis, both[1].yaxis)
-        _legend(figure, both[0], panels=2)
+        _legend(figure, handles, panels=2)
         return _save(figure, folder, "learning")
 
 
@@ -171,12 +178,14 @@ def _cut(axes: Axes, heights: Mapping[str, Sequence[float]], rivals: float = 0.7
     Args:
         axes: of accuracies.
         heights: by arm, its points in %.
-        rivals: the share of the arms besides our controllers, the best, of which half of the points stay in sight.
+        rivals: the share of the arms besides our controllers, the best, of which half of the points stay in sight;
+            0: none need, where there are any of ours.
     """
     every = [height for own in heights.values() for height in own]
     ours = [height for name, own in heights.items() if is_ours(name) for height in own]
     middles = [float(np.median(own)) for name, own in heights.items() if name != FULL.name and not is_ours(name)]
-    shown = ours + ([float(np.quantile(middles, 1 - rivals, method="higher"))] if middles else [])
+    counted = middles and (rivals > 0 or not ours)
+    shown = ours + ([float(np.quantile(middles, 1 - rivals, method="higher"))] if counted else [])
     floor = min(shown, default=min(every))
     low = math.floor(floor - 0.15 * (max(every) - floor))
     if min(every) >= low - 0.5 * (max(every) - low):
@@ -192,13 +201,12 @@ def _percent(*sides: Any) -> None:
         side.set_major_formatter(lambda value, _: f"{value:g} %")
 
 
-def _legend(figure: Figure, axes: Axes, panels: int = 1) -> None:
-    """Below the panels, for which the figure grows; two columns if there are many."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if len(labels) > 3 else 1
-    rows = math.ceil(len(labels) / columns)
+def _legend(figure: Figure, handles: Sequence[Any], panels: int = 1) -> None:
+    """Below the panels, in this order; the figure grows for it, and there are two columns if there are many."""
+    columns = 2 if len(handles) > 3 else 1
+    rows = math.ceil(len(handles) / columns)
     figure.set_size_inches(WIDTH, panels * HEIGHT * (1 if panels == 1 else 0.8) + rows * LEGEND_ROW)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 @dataclass(frozen=True)
