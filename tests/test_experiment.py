@@ -347,6 +347,11 @@ def test_the_best_rival_is_named_and_one_that_meets_few_budgets_is_none(tmp_path
     del results["stride"], results["fastv"]
     (alone,) = said("pruning", results)
     assert "over the budgets that both can meet, 50 and 100 %, rl tokens (" in alone.sentences[0]
+    (few,) = said("pruning", made(tmp_path, {**curves, "stride": (None, None, 0.8), "fastv": (None, None, 0.9)}))
+    assert few.sentences[0].startswith("Not decided by these figures: rl tokens shares no two budgets with a rival")
+    assert few.sentences[1].endswith(
+        "no difference is shown at 100 % of the LLM FLOPs (at 100 % the best rival is 'fastv')."
+    )
 
 
 def test_arms_without_figures_are_not_spoken_of_and_none_without_a_budget_is_compared(tmp_path):

@@ -102,8 +102,12 @@ def _answer(
 ) -> Answer | None:
     own = [each for each in found if each.first == question.first and each.second in question.rivals]
     areas = [each for each in own if each.budget is None]
-    if not areas:
+    if not own:
         return None
+    if not areas:
+        undecided = VERDICTS["no difference shown"]
+        whole = f"{undecided.capitalize()}: {question.first} shares no two budgets with a rival, so there is no area."
+        return Answer(question.words, undecided, (whole, _by_budget(own, own[0].second)))
     ranges = {each.second: shared_budgets(results[each.first], results[each.second], budgets) for each in areas}
     # an area over few budgets, which are the easy ones, says less than one over many
     most = max(map(len, ranges.values()))

@@ -93,9 +93,9 @@ class Experiment(cli.Placement):
                 bar.update()
         report = Report(self.name, self.out / self.name, cells, self.seeds, self.budgets, backbone, queries)
         report.write()
-        report.track(self.wandb, self.out.name)
         print(report.text())
         print(f"report: {self.out / self.name / 'report.html'}")
+        report.track(self.wandb, self.out.name)
 
     def _check(self) -> dict[str, Any]:
         """What the experiment is begun with.
