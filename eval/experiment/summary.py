@@ -216,15 +216,15 @@ def accuracy_table(
     budgets: Sequence[float],
 ) -> Table:
     """Accuracy at each budget, its area and the spread of that, hypervolume, what is spent of what is asked."""
-    head = ["policy", "seeds", *(f"at {budget:g}" for budget in budgets), "area", "spread", "hypervolume"]
-    rows = [[*head, "spent / asked", "over budget"]]
+    head = ["policy", "seeds", "area", "spread", *(f"at {budget:g}" for budget in budgets)]
+    rows = [[*head, "hypervolume", "spent / asked", "over budget"]]
     for result in ranked(results, budgets):
         name, seeds = result.name, str(len(result.cells))
         if not result.budgeted:
             ((budget, _),) = result.records.items()
             cost = f"{100 * result.mean(budget, 'llm_flops_ratio'):.1f} % of LLM FLOPs"
             own = f"{show(found[name, budget][0])} at its own cost"
-            rows.append([name, seeds, own, *[""] * (len(budgets) - 1), "", "", "", cost, ""])
+            rows.append([name, seeds, "", "", own, *[""] * (len(budgets) - 1), "", cost, ""])
             continue
         cells = [show(found[name, budget][0]) if budget in result.records else "—" for budget in budgets]
         met = [budget for budget in budgets if budget in result.records]
@@ -236,11 +236,11 @@ def accuracy_table(
         points = [(result.mean(at, "llm_flops_ratio"), result.mean(at, "accuracy")) for at in result.records]
         asked = [result.mean(budget, "llm_flops_ratio") / budget for budget in met]
         over = sum(record["budget_violations"] for own in result.records.values() for record in own)
-        measured = [area, spread, f"{100 * hypervolume(points):.1f}", f"{np.mean(asked):.2f}", str(over)]
-        rows.append([name, seeds, *cells, *measured])
+        measured = [f"{100 * hypervolume(points):.1f}", f"{np.mean(asked):.2f}", str(over)]
+        rows.append([name, seeds, area, spread, *cells, *measured])
     for name, result in results.items():
         if not result.records and any(why != NOT_YET for why in result.failures.values()):
-            rows.append([name, "0", *["failed"] * len(budgets), "", "", "", "", ""])
+            rows.append([name, "0", "", "", *["failed"] * len(budgets), "", "", ""])
     note = (
         "Accuracy in %, mean over seeds and kinds of questions (each kind counts alike), with a 95 % "
         "stratified-bootstrap interval over seeds; one seed gives no interval. Area: mean accuracy over the budgets, "
