@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from backbones import Backbone, atomic, load_backbone
 from backbones.errors import InputError as InputError
+from backbones.errors import printable
 from backbones.plain_files import read_config
 from eval.runs import RunFolder, check_place
 from eval.stopping import Stopped, StopSignals
@@ -54,7 +55,7 @@ def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
         try:
             main()
         except InputError as error:
-            _end(f"error: {' '.join(str(error).split())}", 2)
+            _end(f"error: {printable(str(error))}", 2)
         except Stopped as stopped:
             _end(f"{stopped}; {go_on}", stopped.status)
 

@@ -27,7 +27,7 @@ PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3"
 
 CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
 
-NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
+NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
 
