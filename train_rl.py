@@ -313,7 +313,7 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
-    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+    with RunFolder.begun(config.out, config, config.resume) as folder, deterministic(config.deterministic):
         tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
         controller, backbone, tuning = train(config, folder, tracker)
         conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)
