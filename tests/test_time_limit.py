@@ -130,7 +130,7 @@ def test_other_threads_have_no_limit():
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "300", None])
 def test_limits_that_are_none_are_refused(seconds):
-    with pytest.raises(InputError, match="reward_seconds is .*; give a number of seconds, or 0 for no limit"):
+    with pytest.raises(InputError, match=r"reward_seconds is .*; give a number of seconds, or 0 for no limit"):
         WeightedReward("accuracy", seconds)
 
 
