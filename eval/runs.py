@@ -239,10 +239,18 @@ class RunFolder:
         self._rewrite(METRICS, [line for line in self.metrics() if line.get("step", 0) <= step])
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # checkpoints count the lines before them
+        """Add a line; what a full disk has torn of one has no end, and does not count.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # checkpoints count the lines before them
+        except OSError as error:
+            raise cannot_write(self.path / name, error) from error
 
     def _lines(self, name: str, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
         """A line counts when it has its end: what comes after the last end, a crash has torn."""
