@@ -22,7 +22,8 @@ from backbones.errors import InputError
 from backbones.saliency import Saliency
 
 LOOKED_UP = 65536
-"""Queries whose texts and image keys a bank remembers, the last that were asked for."""
+"""Queries whose texts and image keys a bank remembers, and questions and answers whose ids a backbone does: the last
+that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ class EncodingBank:
         self.capacity_bytes = capacity_bytes
         self.batch_size = batch_size
         self.failed: dict[int, str] = {}
-        self._text, self._image_key = (lru_cache(LOOKED_UP)(look_up) for look_up in (source.text, source.image_key))
+        self._text = lru_cache(LOOKED_UP)(source.text)
+        self._image_key = lru_cache(LOOKED_UP)(source.image_key)
         self._kept: OrderedDict[Hashable, EncodedImage] = OrderedDict()
         self._bytes = 0
 

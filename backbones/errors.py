@@ -20,6 +20,11 @@ def first_line(error: Exception) -> str:
     return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
+def query_named(ids: Sequence[str] | None, row: int) -> str:
+    """A query of a batch, for a message: by its id, where the batch has ids."""
+    return f"query {ids[row]!r}" if ids else f"the query at row {row}"
+
+
 def queries_named(ids: Sequence[str]) -> str:
     """The first of some query ids, for a message."""
     shown = ", ".join(ids[:3])
