@@ -41,8 +41,8 @@ from eval import cli
 from eval.experiment.command import read_head
 from eval.policies import load_planner
 from eval.runs import RunFolder
+from eval.saved import DESCRIPTION, described_backbone
 from eval.tune import read_grid
-from maskgym.adaptive import DESCRIPTION, described_backbone
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.recorded import ASKED, Recorded
 from policies.checkpoints import load_checkpoint
