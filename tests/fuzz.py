@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save
 
-from backbones import InputError
+from backbones import Backbone, InputError
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
 from backbones.naming import parse_options
@@ -63,6 +63,9 @@ TOKENS = [
     *(b" then ", b"then", b"@merge", b"@0.5", b"k=2", b"--", b"--help", b"[" * 3000, b"{" * 3000, b'{"a":' * 3000),
 ]
 
+RECORD = {**dict.fromkeys(ASKED, "x"), "budget": 0.5, "text": "red"}
+"""A whole record, as the plug-in for lmms-eval writes them."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -96,17 +99,40 @@ def of_text(read: Callable[[str], object]) -> Callable[[bytes, Path], object]:
 def targets() -> dict[str, Target]:
     """By name, all that reads what users bring."""
     backbone = build()
+    return {
+        **run_targets(),
+        **controller_targets(backbone),
+        **evaluation_targets(backbone),
+        **option_targets(backbone),
+        **data_targets(),
+        **benchmark_targets(),
+    }
+
+
+def run_targets() -> dict[str, Target]:
+    """Files of runs and experiments."""
+    settings = yaml.safe_dump({"seed": 3, "budgets": [0.2, 1.0], "fit": False, "reward": ["accuracy", "-0.2*flops"]})
+    return {
+        "config.yaml of a command": Target(
+            of_file("options.yaml", lambda path: cli.parse(RLConfig, ["--config", str(path)])), [settings.encode()]
+        ),
+        "config.yaml of a run": Target(
+            of_file("run/config.yaml", lambda path: RunFolder(path.parent).backbone()), [settings.encode()]
+        ),
+        "metrics.jsonl": Target(
+            of_file("run/metrics.jsonl", lambda path: RunFolder(path.parent).metrics()),
+            [b'{"queries": 8, "reward": 0.5}\n{"queries": 16, "validation": {"0.5": {"accuracy": NaN}}}\n'],
+        ),
+        "records.json": Target(of_file("records.json", read_records), [json.dumps([RECORD]).encode()]),
+        "experiment.json": Target(of_file("experiment.json", read_head), [b'{"backbone": "tiny", "budgets": [0.5]}']),
+    }
+
+
+def controller_targets(backbone: Backbone) -> dict[str, Target]:
+    """Files of trained controllers and of checkpoints."""
     controller = TwoLevelController(ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=4))
     sizes = json.dumps({"kind": "two-level", **controller.config_dict()}).encode()
     weights = save({name: weight.contiguous() for name, weight in controller.state_dict().items()})
-    layout = backbone.layout
-    plan = SearchedOrder(
-        "b", (layout.tokens, layout.layers, layout.heads), "d", "train", 2, [[0, 1], [20]], [0.9, 0.8], [0, 1]
-    )
-    record = {**dict.fromkeys(ASKED, "x"), "budget": 0.5, "text": "red"}
-    picture = BytesIO()
-    Image.new("RGB", (9, 7), "red").save(picture, "PNG")
-    settings = yaml.safe_dump({"seed": 3, "budgets": [0.2, 1.0], "fit": False, "reward": ["accuracy", "-0.2*flops"]})
 
     def with_sizes(content: bytes, folder: Path) -> object:
         (folder / WEIGHTS).write_bytes(weights)
@@ -123,18 +149,6 @@ def targets() -> dict[str, Target]:
         return of_file(WEIGHTS, lambda path: load_controller(path.parent, backbone))(content, folder)
 
     return {
-        "config.yaml of a command": Target(
-            of_file("options.yaml", lambda path: cli.parse(RLConfig, ["--config", str(path)])), [settings.encode()]
-        ),
-        "config.yaml of a run": Target(
-            of_file("run/config.yaml", lambda path: RunFolder(path.parent).backbone()), [settings.encode()]
-        ),
-        "metrics.jsonl": Target(
-            of_file("run/metrics.jsonl", lambda path: RunFolder(path.parent).metrics()),
-            [b'{"queries": 8, "reward": 0.5}\n{"queries": 16, "validation": {"0.5": {"accuracy": NaN}}}\n'],
-        ),
-        "records.json": Target(of_file("records.json", read_records), [json.dumps([record]).encode()]),
-        "experiment.json": Target(of_file("experiment.json", read_head), [b'{"backbone": "tiny", "budgets": [0.5]}']),
         "adaptive.json": Target(
             of_file(DESCRIPTION, lambda path: described_backbone(path.parent)),
             [b'{"backbone": "tiny", "backbone_options": {"heads": 4, "protected_layers": [0]}}'],
@@ -145,6 +159,16 @@ def targets() -> dict[str, Target]:
             with_tensors,
             [b'{"queries": 8, "random": {}}'],
         ),
+    }
+
+
+def evaluation_targets(backbone: Backbone) -> dict[str, Target]:
+    """Files that evaluations are given."""
+    layout = backbone.layout
+    plan = SearchedOrder(
+        "b", (layout.tokens, layout.layers, layout.heads), "d", "train", 2, [[0, 1], [20]], [0.9, 0.8], [0, 1]
+    )
+    return {
         "static plan": Target(
             of_file("plan.json", lambda path: SearchedOrder.load(path).confidence(backbone)), [plan.json().encode()]
         ),
@@ -153,9 +177,15 @@ def targets() -> dict[str, Target]:
             [b'{"device": "d", "backbone": "b", "weights": [0.5, 0.2, 1, 30, 50], "error": 0.01}'],
         ),
         "answers of lmms-eval": Target(
-            of_file("answers.jsonl", lambda path: Recorded(path, (0.5,))), [json.dumps(record).encode()]
+            of_file("answers.jsonl", lambda path: Recorded(path, (0.5,))), [json.dumps(RECORD).encode()]
         ),
         "tuning grid": Target(of_file("grid.txt", read_grid), [b"fastv:k=2 # two layers\n\nprumerge+\n"]),
+    }
+
+
+def option_targets(backbone: Backbone) -> dict[str, Target]:
+    """Texts on the command line."""
+    return {
         "reward": Target(of_text(WeightedReward), [b"accuracy", b"-0.2*flops", b"0.5*numpy:mean"]),
         "policy": Target(
             of_text(lambda text: load_planner(text, backbone, 0)),
@@ -170,6 +200,14 @@ def targets() -> dict[str, Target]:
         "command line": Target(
             of_text(lambda text: cli.read_options(RLConfig, text.split())), [b"--budgets 0.2 1 --no-fit --seed 3"]
         ),
+    }
+
+
+def data_targets() -> dict[str, Target]:
+    """Pictures and tables of queries."""
+    picture = BytesIO()
+    Image.new("RGB", (9, 7), "red").save(picture, "PNG")
+    return {
         "image": Target(lambda content, _: read_image(BytesIO(content), "image", 1e6), [picture.getvalue()]),
         "JSON lines": Target(of_file("a.jsonl", lambda path: list(json_lines(path))), [b'{"a": 1}\n\n{"b": [2]}\n']),
         "JSON entries": Target(
@@ -180,7 +218,6 @@ def targets() -> dict[str, Target]:
             [b'{"info": 1, "questions": [{"a": 1}]}'],
         ),
         "table": Target(of_file("a.tsv", lambda path: list(tab_separated(path))), [b'index\tquestion\n1\t"a\tb"\n']),
-        **benchmark_targets(),
     }
 
 
