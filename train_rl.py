@@ -200,18 +200,22 @@ class RunCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        if self.tuning is not None:
+            self._tune(self.tuning)
+        self.journal.clock.begin_update()
+
+    def _tune(self, tuning: JointTuning) -> None:
         """A tuned backbone learns the answers under one of the plans that were tried for each query."""
-        if self.tuning is None:
-            return
         numbers, actions = (np.concatenate(parts) for parts in zip(*self._executed, strict=True))
         self._executed = []
         core = self.venv.core
         masks = core.laid_out(core.layout.unflatten(torch.from_numpy(actions).bool().to(core.backbone.device)))
         progress = min(1.0, self.queries / self.config.total_queries)
-        self._tuning_loss = self.tuning.learn(core.bank, numbers, masks, progress)
+        self._tuning_loss = tuning.learn(core.bank, numbers, masks, progress)
 
     def _on_rollout_start(self) -> None:
         """The last update is done here, so metrics and checkpoints are complete."""
+        self.journal.clock.end_update()
         self._log_rollout()
         if self.journal.due_validation(self.queries):
             self.journal.validate(self.queries, self._controller())
@@ -220,6 +224,7 @@ class RunCallback(BaseCallback):
         self.signals.obey(self.save)
 
     def _on_training_end(self) -> None:
+        self.journal.clock.end_update()
         self._log_rollout()
         self.journal.validate(self.queries, self._controller())
 

@@ -209,8 +209,7 @@ class EncodingBank:
         self.capacity_bytes = capacity_bytes
         self.batch_size = batch_size
         self.failed: dict[int, str] = {}
-        self._text = lru_cache(LOOKED_UP)(source.text)
-        self._image_key = lru_cache(LOOKED_UP)(source.image_key)
+        self._text, self._image_key = lru_cache(LOOKED_UP)(source.text), lru_cache(LOOKED_UP)(source.image_key)
         self._kept: OrderedDict[Hashable, EncodedImage] = OrderedDict()
         self._bytes = 0
 

@@ -261,7 +261,7 @@ class RunJournal:
         self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
         self.folder.truncate_metrics(self.lines)
         timing = self.folder.timing()
-        self.clock.seconds = timing[-1]["seconds"] if timing else 0.0
+        self.clock.go_on_from(timing[-1] if timing else {"seconds": 0.0})
 
 
 def conclude(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         if self.run is not None:
             self.run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def report(self, figures: Mapping[str, float], tables: Mapping[str, Sequence[Sequence[str]]], page: Path) -> None:
+        """What an experiment found.
+
+        Args:
+            figures: for the run's summary, by name.
+            tables: by name, rows of cells, the first row the head.
+            page: an HTML file.
+        """
+        if self.run is None:
+            return
+        import wandb
+
+        sent = {
+            name: wandb.Table(columns=list(head), data=[list(row) for row in rows])
+            for name, (head, *rows) in tables.items()
+        }
+        self.run.log({**sent, page.stem: wandb.Html(page.read_text(), inject=False)})
+        self.run.summary.update(dict(figures))
 
     def finish(self, images: dict[str, Path]) -> None:
         if self.run is None:

@@ -11,8 +11,8 @@ from envs import load_queries
 from eval.evaluate import outcomes_met
 from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.experiment.cells import fill, lay_out
-from eval.experiment.claims import pairs
-from eval.experiment.summary import accuracy_table, collect, comparison_table, comparisons, estimates
+from eval.experiment.claims import answers, pairs
+from eval.experiment.summary import accuracy_table, collect, comparison_table, comparisons, cost_table, estimates
 from eval.policies import load_planner
 
 SCENES = Path(__file__).parent.parent / "results" / "scenes"
@@ -52,6 +52,9 @@ def test_tables_follow_from_records(queries, name):
     results = collect(cells)
     written = (SCENES / name / "tables.md").read_text()
     assert accuracy_table(results, estimates(results, queries.kinds), budgets).markdown() in written
-    arms = list({cell.arm.name: cell.arm for cell in cells}.values())
-    assert comparison_table(comparisons(results, pairs(name, arms), budgets)).markdown() in written
+    compared = comparisons(results, pairs(name), budgets)
+    assert comparison_table(compared).markdown() in written
+    for answer in answers(name, results, compared, budgets):
+        assert f"- **{answer.question}** {answer.text}\n" in written
+    assert cost_table(results, budgets).markdown() in written
     assert all(not record.get("budget_violations") for cell in cells if cell.done for record in cell.records())

@@ -8,17 +8,37 @@ import subprocess
 
 import numpy as np
 import pytest
+import wandb
 
 import eval.__main__ as eval_main
 from backbones import EncodingBank, load_backbone
 from envs import load_queries
 from eval.evaluate import evaluate
-from eval.experiment import arms, command
+from eval.experiment import arms, command, pictures
 from eval.experiment.arms import Arm, Prepared, relaxed
 from eval.experiment.cells import Cell, fill, lay_out
-from eval.experiment.claims import claims
-from eval.experiment.statistics import area_under_curve, compare, hypervolume, interquartile_mean, mean_over_seeds
-from eval.experiment.summary import ArmResult, by_kind
+from eval.experiment.claims import ASKED, answers, pairs, remarks
+from eval.experiment.report import Report
+from eval.experiment.statistics import (
+    area_under_curve,
+    compare,
+    hypervolume,
+    interquartile_mean,
+    mean_over_seeds,
+    show_p,
+    standard_error,
+)
+from eval.experiment.summary import (
+    ArmResult,
+    accuracy_table,
+    by_kind,
+    comparison_table,
+    comparisons,
+    cost_table,
+    estimates,
+    gaps,
+    ranked,
+)
 from eval.plan_pictures import darkened
 from eval.policies import load_planner
 from tests.browser import CHROMIUM, QUIET
@@ -72,9 +92,13 @@ def test_everything_that_is_promised_is_there(done):
     assert set(files.split()) | {f"{name}.{kind}" for name in pictures.split() for kind in ("png", "svg")} <= names
     assert "kept-0.png" in names
     text = (done / "training" / "tables.md").read_text()
-    assert re.search(r"At 60 % of the LLM FLOPs rl keeps \d+\.\d %, gumbel keeps \d+\.\d % of full accuracy\.", text)
+    assert re.search(r"At 60 % of the LLM FLOPs gumbel keeps \d+\.\d % of full accuracy, rl \d+\.\d %\.", text)
+    assert re.search(r"\*\*Is PPO better than Gumbel straight-through\?\*\* (Confirmed|Refuted|Not decided)", text)
     assert "### Paired comparisons" in text
-    assert "Without figures: random at 0.1:" in text, "a budget that cannot be met is a gap with its reason"
+    gap = (
+        r"- Without figures, the budget is below .*: at 0\.1, random \(possible from [\d.]+\), gumbel, rl \(poss.*\)\."
+    )
+    assert re.search(gap, text), "a budget that cannot be met is a gap with its reason"
     page = (done / "training" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "http" not in page.replace("http-equiv", "")
     assert "train_gumbel" in page and 'name="viewport"' in page
@@ -106,7 +130,7 @@ def test_what_is_there_is_not_done_again_and_what_failed_is(monkeypatch, done, p
     broken.mkdir()
     (broken / "run").write_text("in the way")
     experiment(monkeypatch, place, out)
-    assert "gumbel, seed 1" in (out / "training" / "report.html").read_text()
+    assert "gumbel (seed 1)" in (out / "training" / "report.html").read_text()
     assert "is a file; choose another --out" in (broken / "failure.txt").read_text()
     (broken / "run").unlink()
     experiment(monkeypatch, place, out)
@@ -168,12 +192,29 @@ def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, d
     monkeypatch.setitem(arms.EXPERIMENTS, "dimensions", lambda prepared: [*ARMS[:4], Arm("stride", "stride")])
     experiment(monkeypatch, place, out, "--arms", "rl", name="dimensions")
     assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")} == before
-    assert "stride, seeds 0, 1</b>: not measured yet" in (out / "dimensions" / "report.html").read_text()
+    assert "<b>not measured yet</b>: stride" in (out / "dimensions" / "report.html").read_text()
     experiment(monkeypatch, place, out, name="dimensions")
     after = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.json")}
     assert {path.parent.parent.name for path in after.keys() - before.keys()} == {"stride"}
     assert all(after[path] == when for path, when in before.items())
     assert (out / "dimensions" / "report.html").exists() and (out / "training" / "report.html").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_is_a_run_of_the_trainings_group(monkeypatch, done, place, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    begun, init = [], wandb.init
+    monkeypatch.setattr("wandb.init", lambda **options: begun.append(options) or init(**options))
+    out = tmp_path / "said"
+    shutil.copytree(done, out)
+    backbone, queries = load_backbone(str(place / "vlm")), load_queries(str(place / "said"), "test")
+    report = Report("training", out / "training", lay_out(out, ARMS, (0, 1)), (0, 1), (0.1, 0.6, 1), backbone, queries)
+    report.drawn = [out / "training" / "budgets.png"]
+    report.track("maskgym-test", "said")
+    assert [(each["project"], each["group"]) for each in begun] == [("maskgym-test", "said")]
+    (media,) = out.glob("training/wandb/offline-run-*/files/media")
+    names = {file.name.partition("_")[0] for file in media.glob("*/*") if file.is_file()}
+    assert {"answers", "accuracy", "paired", "cost", "convergence", "report", "budgets"} <= names
 
 
 @pytest.mark.parametrize("name", list(arms.EXPERIMENTS))
@@ -197,15 +238,23 @@ def test_paired_tests_find_a_difference_and_none_where_there_is_none():
     other = rng.random(4000) < 0.8
     found = compare([("a", "b", 0.5, better * 1.0, base * 1.0), ("c", "c", 0.5, base * 1.0, base * 1.0)])
     assert [each.verdict for each in found] == ["above", "no difference shown"]
-    turned = found[0].mirrored
-    assert (turned.first, turned.second, turned.verdict) == ("b", "a", "below")
-    assert turned.difference.low < turned.difference.value == -found[0].difference.value < turned.difference.high
     assert found[0].difference.low < float(better.mean() - base.mean()) < found[0].difference.high
     assert compare([("b", "a", 0.5, base * 1.0, better * 1.0)])[0].verdict == "below"
     assert compare([("o", "b", None, other * 1.0, base * 1.0)])[0].verdict == "no difference shown"
     assert compare([]) == []
     alone = compare([("a", "b", 0.5, better * 1.0, base * 1.0)])[0].p
     assert found[0].p == pytest.approx(min(1.0, 2 * alone)), "Holm: the smallest of two is doubled"
+    area = ("a", "b", None, better * 1.0, base * 1.0)
+    both = compare([("a", "b", 0.5, better * 1.0, base * 1.0), ("c", "c", 0.5, base * 1.0, base * 1.0), area])
+    assert [each.budget for each in both] == [None, 0.5, 0.5]
+    assert (both[0].p, both[1].p) == (alone, found[0].p), "areas and single budgets are two families"
+
+
+def test_p_values_and_standard_errors_are_shown():
+    assert [show_p(p) for p in (0.0, 9.9e-5, 1e-4, 0.0462, 1.0)] == ["< 0.0001", "< 0.0001", "0.0001", "0.046", "1"]
+    scores = np.random.default_rng(0).random((3, 400))
+    assert standard_error(scores) == pytest.approx(scores.mean(0).std(ddof=1) / 20)
+    assert standard_error(scores[:, :1]) == 0
 
 
 def test_intervals_over_seeds_hold_the_mean():
@@ -229,8 +278,194 @@ def test_a_falling_curve_is_said():
     result = ArmResult("x")
     for budget, accuracy in ((0.25, 0.8), (0.5, 0.7), (1.0, 0.9)):
         result.records[budget] = [{"accuracy": accuracy, "accuracy_stderr": 0.01, "budgeted": True}]
-    said = claims("training", {"x": result}, [], (0.25, 0.5, 1.0))
+    said = remarks("training", {"x": result}, (0.25, 0.5, 1.0))
     assert said == ["x: accuracy falls by more than a standard error from budget 0.25 to 0.5."]
+
+
+BUDGETS = (0.2, 0.5, 1.0)
+QUERIES = 1000
+
+
+def made(tmp_path, curves, seeds=3, unbudgeted=()):
+    """Results of arms that answer given shares of queries right; a later arm's right ones hold those of a worse one."""
+    order = np.random.default_rng(0).permutation(QUERIES)
+    results = {}
+    for name, curve in curves.items():
+        result = results[name] = ArmResult(name)
+        script = "train_rl" if pictures.is_ours(name) else None
+        for seed in range(seeds):
+            result.cells.append(Cell(Arm(name, script=script), seed, tmp_path / name / str(seed)))
+            result.outcomes.append({})
+        for budget, share in zip(BUDGETS, curve, strict=True):
+            if share is None:
+                result.gaps[budget] = (
+                    f"budget {budget:g} is below what policy {name!r} can meet; the least budget here is 0.4"
+                )
+                continue
+            for seed in range(seeds):
+                right = (order < round(QUERIES * share) - seed).astype(np.float32)
+                result.outcomes[seed][f"accuracy@{budget:g}"] = right
+                kept = {"kept_tokens": 8.0, "kept_heads": 4.0, "kept_layers": 2.0, "budget_violations": 0}
+                spent = {"llm_flops_ratio": 0.9 * budget, "total_flops_ratio": 0.95 * budget}
+                scores = {"accuracy": float(right.mean()), "accuracy_stderr": 0.01}
+                head = {"budget": budget, "budgeted": name not in unbudgeted}
+                result.records.setdefault(budget, []).append({**head, **scores, **spent, **kept})
+    return results
+
+
+def said(experiment, results):
+    found = comparisons(results, pairs(experiment), BUDGETS)
+    return answers(experiment, results, found, BUDGETS)
+
+
+def test_an_expectation_is_confirmed_refuted_or_left_open(tmp_path):
+    curves = {"rl": (0.8, 0.9, 0.95), "gumbel": (0.7, 0.85, 0.95), "soft-topk": (0.9, 0.93, 0.96)}
+    first, second, third = said("training", made(tmp_path, {**curves, "even": (0.799, 0.9, 0.95)}))
+    assert (first.verdict, second.verdict) == ("confirmed", "refuted")
+    assert first.question == "Is PPO better than Gumbel straight-through?"
+    assert re.fullmatch(
+        r"Confirmed: over all budgets rl \(area 89\.6 %, 3 seeds\) is above gumbel \(area 85.2 %, 3 seeds\): "
+        r"\+4\.3[78] points, 95 % interval \[\+3\.\d+, \+5\.\d+\], p < 0\.0001\.",
+        first.sentences[0],
+    ), first.sentences[0]
+    better = "it is better at 20 and 50 % of the LLM FLOPs and no difference is shown at 100 %"
+    assert first.sentences[1] == f"Budget by budget, {better}."
+    assert second.sentences[0].startswith("Refuted: over all budgets rl (area 89.6 %, 3 seeds) is below soft-topk (")
+    assert "it is worse at 20, 50 and 100 % of the LLM FLOPs." in second.sentences[1]
+    assert third.verdict == "not decided by these figures"
+    assert "rl (area 89.6 %, 3 seeds) is not shown to differ from even (" in third.sentences[0]
+    assert third.sentences[1] == "Budget by budget, no difference is shown at 20, 50 and 100 % of the LLM FLOPs."
+
+
+def test_the_best_rival_is_named_and_one_that_meets_few_budgets_is_none(tmp_path):
+    curves = {"rl tokens": (0.5, 0.7, 0.9), "stride": (0.3, 0.6, 0.85), "fastv": (0.4, 0.5, 0.8)}
+    results = made(tmp_path, {**curves, "divprune": (None, 0.71, 0.91)})
+    (answer,) = said("pruning", results)
+    assert answer.verdict == "confirmed" and "is above its best rival 'stride' (area" in answer.sentences[0]
+    assert "at 20 % the best rival is 'fastv'" in answer.sentences[1]
+    assert "at 50 and 100 % the best rival is 'divprune'" in answer.sentences[1]
+    del results["stride"], results["fastv"]
+    (alone,) = said("pruning", results)
+    assert "over the budgets that both can meet, 50 and 100 %, rl tokens (" in alone.sentences[0]
+    (few,) = said("pruning", made(tmp_path, {**curves, "stride": (None, None, 0.8), "fastv": (None, None, 0.9)}))
+    assert few.sentences[0].startswith("Not decided by these figures: rl tokens shares no two budgets with a rival")
+    assert few.sentences[1].endswith(
+        "no difference is shown at 100 % of the LLM FLOPs (at 100 % the best rival is 'fastv')."
+    )
+
+
+def test_arms_without_figures_are_not_spoken_of_and_none_without_a_budget_is_compared(tmp_path):
+    curves = {"full": (None, None, 0.97), "rl": (0.8, 0.9, 0.95), "rl heads": (0.6, 0.8, 0.9)}
+    results = made(tmp_path, {**curves, "rl tokens": (None, None, 0.9)}, unbudgeted=("full", "rl tokens"))
+    results["rl layers"] = ArmResult("rl layers", failures={0: "not measured yet"})
+    (answer,) = said("dimensions", results)
+    assert answer.question == "Are all three together better than the best one alone?"
+    assert "is above rl heads (area" in answer.sentences[0]
+    assert {each.second for each in comparisons(results, pairs("dimensions"), BUDGETS)} == {"rl heads"}
+    assert remarks("training", results, BUDGETS) == ["At 50 % of the LLM FLOPs rl keeps 92.7 % of full accuracy."]
+
+
+@pytest.mark.parametrize("name", list(arms.EXPERIMENTS))
+def test_questions_are_few_and_about_arms_that_there_are(name):
+    names = {arm.name for arm in arms.EXPERIMENTS[name](Prepared({}, command.Path("x/static.json")))}
+    assert 2 <= len(ASKED[name]) <= 4
+    assert {arm for pair in pairs(name) for arm in pair} <= names - {"full"}
+    assert len(set(pairs(name))) == len(pairs(name)), "a test that is asked twice counts twice in the correction"
+
+
+def test_gaps_of_one_reason_stand_together(tmp_path):
+    curves = {"stride": (None, 0.7, 0.9), "fastv": (None, 0.7, 0.9), "rl": (0.5, 0.7, 0.9), "gumbel": (None, None, 0.9)}
+    results = made(tmp_path, curves)
+    results["stride"].gaps[0.2] = results["stride"].gaps[0.2].replace("0.4", "0.3")
+    results["rl"].failures.update({3: "not measured yet", 4: "not measured yet"})
+    results["gumbel"].failures.update({3: "not measured yet", 4: "not measured yet", 5: "RuntimeError: no room"})
+    results["later"] = ArmResult("later", failures=dict.fromkeys(range(3), "not measured yet"))
+    assert gaps(results) == [
+        ("not measured yet", "rl, gumbel (seeds 3, 4); later"),
+        ("RuntimeError: no room", "gumbel (seed 5)"),
+        (
+            "the budget is below what the policy can meet",
+            "at 0.2, stride (possible from 0.3), fastv (possible from 0.4); at 0.2 and 0.5, gumbel (possible from 0.4)",
+        ),
+    ]
+
+
+def test_tables_are_ranked_and_have_spread_and_errors(tmp_path):
+    curves = {
+        "random": (0.3, 0.5, 0.9),
+        "rl": (0.8, 0.9, 0.95),
+        "full": (None, None, 0.97),
+        "stride": (None, 0.9, 0.95),
+    }
+    results = made(tmp_path, curves, unbudgeted=("full",))
+    assert [result.name for result in ranked(results, BUDGETS)] == ["full", "rl", "random", "stride"]
+    rows = accuracy_table(results, estimates(results, None), BUDGETS).rows
+    assert [row[0] for row in rows[1:]] == ["full", "rl", "random", "stride"]
+    by_name = dict(zip(rows[0], rows[2], strict=True))
+    assert rows[4][:2] == ["stride", "3"] and rows[4][2] == "92.4 from 0.5"
+    assert (by_name["area"], by_name["spread"], by_name["spent / asked"]) == ("89.6", "0.10", "0.90")
+    (half,) = (row for row in cost_table(results, BUDGETS).rows if row[:2] == ["rl", "0.5"])
+    expected = 100 * standard_error(results["rl"].scores(0.5))
+    assert half[2:4] == ["89.90", f"{expected:.2f}"] and expected > 0.9
+    note = comparison_table(comparisons(results, [("rl", "random"), ("rl", "stride")], BUDGETS)).note
+    assert "in two families: the 2 areas, which are the main question, and the 5 single budgets" in note
+
+
+@pytest.mark.parametrize("others", [1, 17])
+def test_plots_stand_ours_out_and_list_the_best_first(monkeypatch, tmp_path, others):
+    """With few arms and with many; one far worse one does not squash the rest."""
+    monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure))
+    drawn = []
+    rivals = {f"rule {number}": (0.70 + number / 100, 0.8, 0.9) for number in range(others)}
+    alone = {"full": (None, None, 0.97), "as published": (None, None, 0.9)}
+    curves = {**alone, **rivals, "collapsed": (0.1, 0.1, 0.1), "rl": (0.9, 0.93, 0.95)}
+    results = made(tmp_path, curves, seeds=2, unbudgeted=tuple(alone))
+    for cell in results["rl"].cells:
+        write_run(cell.run, [0.6 + 0.1 * cell.seed, 0.8])
+        write_run(results["collapsed"].cells[cell.seed].run, [0.1, 0.1])
+    path = pictures.draw_tradeoff(results, estimates(results, None), BUDGETS, "llm_flops_ratio", "title", tmp_path)
+    pictures.draw_adherence(results, BUDGETS, tmp_path)
+    pictures.draw_learning(results, BUDGETS, tmp_path)
+    tradeoff, adherence, learning = drawn
+    best = ["rl", *(f"rule {number}" for number in reversed(range(others))), "collapsed"]
+    assert [text.get_text() for text in tradeoff.legends[0].get_texts()] == ["full (97.0 %)", *best, "as published"]
+    assert [text.get_text() for text in adherence.legends[0].get_texts()] == ["all that was asked", *best]
+    (axes,) = tradeoff.axes
+    box = tradeoff.legends[0].get_window_extent()
+    assert box.y1 <= axes.get_window_extent().y0 and box.y0 >= 0, "the legend is outside, and on the picture"
+    assert axes.get_ylim()[0] > 40 and any(
+        re.match(r"\d+ polic(y goes|ies go) below", text.get_text()) for text in axes.texts
+    )
+    widths = {line.get_linewidth() for line in axes.lines}
+    assert {2.4, 1.2} <= widths
+    shares = [line.get_ydata() for line in adherence.axes[0].lines]
+    assert list(shares[0]) == [1, 1] and all(list(own) == pytest.approx([0.9] * 3) for own in shares[1:])
+    zoomed, whole = (axes.get_ylim()[0] for axes in learning.axes)
+    assert 40 < zoomed < 60 and whole < 10, "the upper panel is cut for ours, the lower one shows all"
+    (mean,) = (line for line in learning.axes[0].lines if line.get_linewidth() == 2.4)
+    assert list(mean.get_ydata()) == pytest.approx([65, 80]) and list(mean.get_xdata()) == [100, 200]
+    assert path.is_file() and path.with_suffix(".svg").is_file() and (tmp_path / "learning.png").is_file()
+
+
+def test_no_two_arms_look_alike():
+    names = [arm.name for make in arms.EXPERIMENTS.values() for arm in make(Prepared({}, command.Path("s.json")))]
+    for make in arms.EXPERIMENTS.values():
+        own = [arm.name for arm in make(Prepared({}, command.Path("s.json")))]
+        seen = [json.dumps(look.options, sort_keys=True) for look in pictures.looks(own).values()]
+        assert len(set(seen)) == len(own) >= 10
+    assert [name for name in dict.fromkeys(names) if pictures.is_ours(name)] == [
+        *("rl tokens", "gumbel tokens", "soft-topk tokens", "rl heads", "rl layers", "rl heads and layers"),
+        *("rl", "gumbel", "soft-topk", "rl after gumbel"),
+    ]
+
+
+def write_run(folder, accuracies):
+    """Metrics of a training that was validated every hundred queries."""
+    folder.mkdir(parents=True)
+    lines = [{"queries": 100 * (n + 1), "validation": {"0.5": {"accuracy": a}}} for n, a in enumerate(accuracies)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timing = [{"queries": line["queries"], "seconds": line["queries"] / 10} for line in lines]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
 
 
 def test_dropped_patches_are_dark():

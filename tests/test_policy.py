@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -129,6 +130,22 @@ def test_filling_plans_spend_their_budgets_in_the_mean(smallest, axes):
     used = smallest.cost(encoding, plans, flops).llm / full
     assert abs(float(sampled.mean()) - budget) < 0.02
     assert (used <= budget).all() and float(used.mean()) > budget - 0.2
+
+
+def test_a_transition_on_the_layout_of_llava_takes_at_most_four_kibibytes(small, source):
+    """1,632 bits: 576 visual tokens, 32 layers of 32 heads. Null: bits as SB3 keeps them by default, in float32."""
+    layout = MaskLayout(576, 32, 32)
+    core = MaskingCore(small, source)
+    sizes = {}
+    for dtype in (np.int8, np.float32):
+        actions = spaces.MultiDiscrete(np.full(layout.size, 2))
+        actions.dtype = np.dtype(dtype)
+        buffer = GroupRolloutBuffer(8, core.observation_space, actions, n_envs=16, plans_per_query=4)
+        arrays = [part for part in vars(buffer).values() if isinstance(part, np.ndarray)]
+        arrays += buffer.observations.values()
+        sizes[dtype] = sum(part.nbytes for part in arrays) / (8 * 16)
+    assert layout.size == 1632 and core.action_space.dtype == np.int8
+    assert sizes[np.int8] <= 2048 < 4096 < sizes[np.float32]
 
 
 def test_second_level_is_conditioned_on_the_first(smallest):

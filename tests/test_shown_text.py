@@ -11,6 +11,7 @@ from backbones.backbone import Backbone
 from backbones.encoding import Query
 from eval.demo.command import PAGE, Demo, Served
 from eval.demo.comparison import Comparison
+from eval.experiment.claims import Answer
 from eval.experiment.page import Picture, write_page
 from eval.experiment.summary import Table
 from tests.conftest import build
@@ -27,7 +28,8 @@ def test_the_report_escapes_all_that_is_put_into_it(tmp_path):
         tmp_path / "report.html",
         title=SCRIPT,
         question=SCRIPT,
-        claims=[SCRIPT],
+        answers=[Answer(SCRIPT, SCRIPT, (SCRIPT, SCRIPT))],
+        remarks=[SCRIPT],
         tables=[table],
         pictures=[picture],
         gallery=[replace(picture)],
@@ -36,7 +38,7 @@ def test_the_report_escapes_all_that_is_put_into_it(tmp_path):
         commands=[SCRIPT],
     )
     page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") == 16
+    assert "<script" not in page and page.count("&lt;script&gt;") == 20
     assert 'alt="&#34;&lt;script' in page, "a caption could leave its attribute"
 
 

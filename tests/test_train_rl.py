@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import eval.__main__ as eval_main
 import train_rl
+from eval.clock import throughput
 from tests.conftest import command
 
 OPTIONS = (
@@ -44,6 +45,9 @@ def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, 
     assert "| rl " in printed and str(tmp_path / "run") in printed
     assert [line["queries"] for line in lines(tmp_path / "run") if "validation" in line] == [8, 16, 24]
     assert sum("reward" in line for line in lines(tmp_path / "run")) == 6
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert 0 < timing[0]["update_seconds"] < timing[-1]["update_seconds"] < timing[-1]["seconds"]
+    assert "% of the time in updates" in throughput(timing)
     json_file = tmp_path / "again.json"
     options = ["--budgets", "0.6", "--json", json_file, "--plot", tmp_path / "again.png"]
     command(monkeypatch, eval_main.main, "run", tmp_path / "run", "random", "--data", place / "data", *options)

@@ -70,7 +70,7 @@ class Experiment(cli.Placement):
     quick: bool = False
     """A smaller form to look at: one seed, 6,000 queries a training, 500 test queries, 100 for tuning."""
     wandb: str | None = None
-    """Also track trainings in this Weights & Biases project, in one group."""
+    """Also track trainings in this Weights & Biases project, and the report as a run of the same group."""
 
     def __post_init__(self) -> None:
         if self.quick:
@@ -95,6 +95,7 @@ class Experiment(cli.Placement):
         report.write()
         print(report.text())
         print(f"report: {self.out / self.name / 'report.html'}")
+        report.track(self.wandb, self.out.name)
 
     def _check(self) -> dict[str, Any]:
         """What the experiment is begun with.

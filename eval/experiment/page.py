@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from backbones.atomic import write_atomically
+from eval.experiment.claims import Answer
 from eval.experiment.summary import Table
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -29,11 +30,19 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
 
 
+def unbroken(text: str) -> str:
+    """With figures that no line break parts from their signs."""
+    for sign in (" %", "p = ", "p < "):
+        text = text.replace(sign, sign.replace(" ", "\N{NO-BREAK SPACE}"))
+    return text
+
+
 def write_page(
     path: Path,
     title: str,
     question: str,
-    claims: Sequence[str],
+    answers: Sequence[Answer],
+    remarks: Sequence[str],
     tables: Sequence[Table],
     pictures: Sequence[Picture],
     gallery: Sequence[Picture],
@@ -47,19 +56,22 @@ def write_page(
         path: of the HTML file.
         title: of the experiment.
         question: what it asks.
-        claims: its answers in words.
+        answers: to what it is asked in detail.
+        remarks: further sentences.
         tables: with notes.
         pictures: plots.
         gallery: what was kept of some queries.
-        missing: cells without figures, and why.
+        missing: why figures are missing, and of what.
         facts: versions, machine, data.
         commands: that made it.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["unbroken"] = unbroken
     page = environment.from_string(TEMPLATE.read_text()).render(
         title=title,
         question=question,
-        claims=claims,
+        answers=answers,
+        remarks=remarks,
         tables=tables,
         pictures=pictures,
         gallery=gallery,

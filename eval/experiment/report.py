@@ -12,22 +12,26 @@ from backbones.atomic import write_atomically
 from envs.queries import DatasetQueries
 from envs.scoring import longest_answer, score
 from eval.experiment.cells import Cell, fill
-from eval.experiment.claims import claims, pairs
+from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
-from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff
+from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
 from eval.experiment.summary import (
     accuracy_table,
+    area_of,
     collect,
     comparison_table,
     comparisons,
     convergence_table,
     cost_table,
     estimates,
+    gaps,
     middle_table,
+    ranked,
 )
 from eval.latency import device_name
 from eval.policies import load_planner
 from eval.runs import command_line, environment
+from eval.tracking import Tracker
 from policies.baselines import Planner
 
 QUESTIONS = {
@@ -36,6 +40,7 @@ QUESTIONS = {
     "training": "Is policy-gradient training better than relaxation for the same controller?",
 }
 GALLERY_ARMS, GALLERY_QUERIES = 8, 6
+PAGE = "report.html"
 
 
 class Report:
@@ -64,19 +69,20 @@ class Report:
         self.name, self.folder, self.cells, self.budgets = name, folder, cells, budgets
         self.backbone, self.queries = backbone, queries
         self.results = collect(cells)
-        arms = [cell.arm for cell in cells if cell.seed == seeds[0]]
         self.found = estimates(self.results, queries.kinds)
-        compared = comparisons(self.results, pairs(name, arms), budgets)
+        compared = comparisons(self.results, pairs(name), budgets)
         tables = [
             accuracy_table(self.results, self.found, budgets),
             middle_table(self.results, self.found, budgets),
             comparison_table(compared),
-            cost_table(self.results),
-            convergence_table(self.results),
+            cost_table(self.results, budgets),
+            convergence_table(self.results, budgets),
         ]
         self.tables = [table for table in tables if len(table.rows) > 1]
-        self.claims = claims(name, self.results, compared, budgets)
-        self.missing = [gap for result in self.results.values() for gap in result.missing()]
+        self.answers = answers(name, self.results, compared, budgets)
+        self.remarks = remarks(name, self.results, budgets)
+        self.missing = gaps(self.results)
+        self.drawn: list[Path] = []
         self.facts = {
             "data": f"{queries.name}, test split, n = {len(queries):,}",
             "seeds": ", ".join(map(str, seeds)),
@@ -85,29 +91,45 @@ class Report:
         }
 
     def text(self) -> str:
-        """Claims and tables as Markdown."""
-        said = "\n".join(f"- {claim}" for claim in self.claims)
-        missing = "".join(f"\nWithout figures: {name}: {why}" for name, why in self.missing)
-        return f"{said}\n{missing}\n\n" + "\n".join(table.markdown() for table in self.tables)
+        """Answers, gaps and tables as Markdown."""
+        said = [f"- **{answer.question}** {answer.text}" for answer in self.answers]
+        said += [f"- {remark}" for remark in self.remarks]
+        missing = [f"- Without figures, {why}: {what}." for why, what in self.missing]
+        parts = ["\n".join(lines) + "\n" for lines in (said, missing) if lines]
+        return "\n".join([*parts, *(table.markdown() for table in self.tables)])
 
     def write(self) -> None:
+        """Tables, pictures and page, into the folder."""
         folder, title = self.folder, f"Experiment: {self.name}"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / "tables.md", f"# {title}\n\n{self.text()}".encode())
         for table in self.tables:
-            write_atomically(folder / f"{table.title.split()[0].lower()}.csv", table.csv().encode())
+            write_atomically(folder / f"{table.name}.csv", table.csv().encode())
+        pictures, gallery = self._pictures(), self._gallery()
+        self.drawn = [picture.path for picture in (*pictures, *gallery)]
         write_page(
-            folder / "report.html",
+            folder / PAGE,
             title,
             QUESTIONS[self.name],
-            self.claims,
+            self.answers,
+            self.remarks,
             self.tables,
-            self._pictures(),
-            self._gallery(),
+            pictures,
+            gallery,
             self.missing,
             self.facts,
             self._commands(),
         )
+
+    def track(self, project: str | None, group: str) -> None:
+        """Send what was written to wandb, as one run of a group; nothing if no project is named."""
+        tracker = Tracker(project, self.folder, self.facts, group)
+        said = [[answer.question, answer.verdict, answer.text] for answer in self.answers]
+        tables = {table.name: table.rows for table in self.tables}
+        whole = [each for each in ranked(self.results, self.budgets) if each.budgeted and each.meets(self.budgets)]
+        areas = {f"area/{each.name}": area_of(each, self.budgets) for each in whole}
+        tracker.report(areas, {"answers": [["question", "verdict", "answer"], *said], **tables}, self.folder / PAGE)
+        tracker.finish({path.stem: path for path in self.drawn})
 
     def _pictures(self) -> list[Picture]:
         if not any(result.records for result in self.results.values()):
@@ -117,20 +139,23 @@ class Report:
         title = f"{backbone} on {data} (test, n = {len(self.queries):,}, seeds: {seeds})"
         pictures = []
         for name, words in (("llm_flops_ratio", "LLM"), ("total_flops_ratio", "total")):
-            path = draw_tradeoff(self.results, self.found, name, title, self.folder)
-            caption = f"Accuracy over {words} FLOPs. Bars: 95 % stratified-bootstrap intervals over seeds."
+            path = draw_tradeoff(self.results, self.found, self.budgets, name, title, self.folder)
+            caption = f"Accuracy over {words} FLOPs, best first. Bars: 95 % stratified-bootstrap intervals over seeds."
             pictures.append(Picture(path, caption))
-        pictures.append(Picture(draw_adherence(self.results, self.folder), "What plans spend of what they may."))
-        learning = draw_learning(self.results, self.folder)
+        path = draw_adherence(self.results, self.budgets, self.folder)
+        pictures.append(Picture(path, "What plans spend of what they may. Above 1 a budget would be broken."))
+        learning = draw_learning(self.results, self.budgets, self.folder)
         if learning is not None:
-            pictures.append(Picture(learning, "Validation accuracy in training, a line a seed."))
+            caption = "Validation accuracy in training: mean and standard deviation over seeds, and each seed, faint."
+            pictures.append(Picture(learning, caption))
         return pictures
 
     def _gallery(self) -> list[Picture]:
         """What the budgeted arms kept for some queries at three budgets."""
         budgets = [self.budgets[0], self.budgets[len(self.budgets) // 2], self.budgets[-1]]
-        measured = [result for result in self.results.values() if result.records and result.budgeted]
-        cells = [result.cells[0] for result in measured[-GALLERY_ARMS:]]
+        measured = [result for result in ranked(self.results, self.budgets) if result.budgeted]
+        measured.sort(key=lambda result: not is_ours(result.name))
+        cells = [result.cells[0] for result in measured[:GALLERY_ARMS]]
         picked = self.queries.spread(GALLERY_QUERIES)
         bank = EncodingBank(self.backbone, picked)
         shown: list[dict[str, dict[float, Shown]]] = [{} for _ in range(len(picked))]

@@ -1,7 +1,7 @@
 """What measured accuracies allow one to say: intervals over seeds, paired tests on the same queries, areas.
 
 Intervals over seeds are stratified-bootstrap intervals, as Agarwal et al. (NeurIPS 2021) advise for few runs; tests
-compare two arms query by query and are corrected for their number (Holm).
+compare two arms query by query and are corrected for their number (Holm), areas apart from single budgets.
 
 Shape legend: R seeds, K kinds of questions, Q queries.
 """
@@ -47,12 +47,6 @@ class Comparison:
     p: float
 
     @property
-    def mirrored(self) -> Comparison:
-        """The second against the first."""
-        value, low, high = -self.difference.value, -self.difference.high, -self.difference.low
-        return Comparison(self.second, self.first, self.budget, Estimate(value, low, high), self.p)
-
-    @property
     def verdict(self) -> str:
         """What may be concluded."""
         if self.p >= 0.05 or self.difference.low <= 0 <= self.difference.high:
@@ -91,11 +85,21 @@ def _stratified(scores_RK: np.ndarray, statistic: Callable[..., Any], seed: int)
 
 
 def compare(pairs: Sequence[tuple[str, str, float | None, np.ndarray, np.ndarray]]) -> list[Comparison]:
-    """Paired tests, corrected together.
+    """Paired tests, corrected in two families: areas are the main question, single budgets a closer look.
 
     Args:
-        pairs: names of both, the budget, and the accuracies (Q,) of both on the same queries, each the mean over seeds.
+        pairs: names of both, the budget (None: area), and the accuracies (Q,) of both on the same queries, each the
+            mean over seeds.
+
+    Returns:
+        the areas, then the single budgets.
     """
+    areas = [pair for pair in pairs if pair[2] is None]
+    return _family(areas) + _family([pair for pair in pairs if pair[2] is not None])
+
+
+def _family(pairs: Sequence[tuple[str, str, float | None, np.ndarray, np.ndarray]]) -> list[Comparison]:
+    """Paired tests that are corrected together."""
     if not pairs:
         return []
     p_values = []
@@ -107,6 +111,17 @@ def compare(pairs: Sequence[tuple[str, str, float | None, np.ndarray, np.ndarray
         Comparison(first, second, budget, paired_difference(first_Q, second_Q), float(p))
         for (first, second, budget, first_Q, second_Q), p in zip(pairs, corrected, strict=True)
     ]
+
+
+def show_p(p: float) -> str:
+    """A p-value as it is printed."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def standard_error(scores_RQ: np.ndarray) -> float:
+    """Of the mean over seeds, from query to query: how far another test set of this size would move it."""
+    means_Q = scores_RQ.mean(0)
+    return float(means_Q.std(ddof=1) / len(means_Q) ** 0.5) if len(means_Q) > 1 else 0.0
 
 
 def paired_difference(first_Q: np.ndarray, second_Q: np.ndarray, seed: int = 0) -> Estimate:

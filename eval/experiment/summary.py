@@ -1,4 +1,4 @@
-"""What an experiment found: tables, comparisons, claims.
+"""What an experiment found: its results, arm by arm, and tables of them.
 
 Shape legend: R seeds, K kinds of questions, Q queries.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from eval.evaluate import Record
+from eval.experiment.arms import FULL
 from eval.experiment.cells import Cell
 from eval.experiment.statistics import (
     Comparison,
@@ -22,6 +24,8 @@ from eval.experiment.statistics import (
     hypervolume,
     interquartile_mean,
     mean_over_seeds,
+    show_p,
+    standard_error,
 )
 from eval.report import markdown
 from eval.runs import RunFolder
@@ -61,6 +65,11 @@ class Table:
     rows: list[list[str]]
     note: str
 
+    @property
+    def name(self) -> str:
+        """Of its file, and in trackers."""
+        return self.title.split()[0].lower()
+
     def markdown(self) -> str:
         return f"### {self.title}\n\n{markdown(self.rows)}\n\n{self.note}\n"
 
@@ -80,6 +89,7 @@ class ArmResult:
         failures: why others could not, by seed.
         records: by budget, a record a seed.
         gaps: by budget, why it cannot be met.
+        outcomes: of each cell, its ``outcomes()``.
     """
 
     name: str
@@ -87,6 +97,7 @@ class ArmResult:
     failures: dict[int, str] = field(default_factory=dict)
     records: dict[float, list[Record]] = field(default_factory=dict)
     gaps: dict[float, str] = field(default_factory=dict)
+    outcomes: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     @property
     def budgeted(self) -> bool:
@@ -97,19 +108,11 @@ class ArmResult:
 
     def scores(self, budget: float) -> np.ndarray:
         """(R, Q) accuracy of each seed on each query."""
-        return np.stack([cell.outcomes()[f"accuracy@{budget:g}"] for cell in self.cells])
+        column = f"accuracy@{budget:g}"
+        return np.stack([outcomes[column] for outcomes in self.outcomes if column in outcomes])
 
     def meets(self, budgets: Sequence[float]) -> bool:
         return all(budget in self.records for budget in budgets)
-
-    def missing(self) -> list[tuple[str, str]]:
-        """What has no figures, and why; seeds of one reason together."""
-        reasons = dict.fromkeys(self.failures.values())
-        found = []
-        for why in reasons:
-            seeds = [str(seed) for seed, own in self.failures.items() if own == why]
-            found.append((f"{self.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}", why))
-        return found + [(f"{self.name} at {budget:g}", why) for budget, why in self.gaps.items()]
 
 
 def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
@@ -121,12 +124,70 @@ def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
             result.failures[cell.seed] = cell.failure() or NOT_YET
             continue
         result.cells.append(cell)
+        result.outcomes.append(cell.outcomes())
         for record in cell.records():
             if "gap" in record:
                 result.gaps[record["budget"]] = record["gap"]
             else:
                 result.records.setdefault(record["budget"], []).append(record)
     return results
+
+
+def ranked(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> list[ArmResult]:
+    """Those with records: the full model, then by area, below those that meet more budgets; last those without one."""
+
+    def key(result: ArmResult) -> tuple[bool, bool, int, float]:
+        met = [budget for budget in budgets if budget in result.records]
+        height = area_of(result, met) if len(met) > 1 else -1.0
+        return result.name == FULL.name, result.budgeted, len(met), height
+
+    measured = [result for result in results.values() if result.records]
+    return sorted(measured, key=key, reverse=True)
+
+
+def gaps(results: Mapping[str, ArmResult]) -> list[tuple[str, str]]:
+    """Why figures are missing, and of what: seeds, arms and budgets of one reason together."""
+    seeds: dict[str, dict[str, list[str]]] = {}
+    budgets: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for name, result in results.items():
+        for why in dict.fromkeys(result.failures.values()):
+            own = [str(seed) for seed, reason in result.failures.items() if reason == why]
+            where = f" (seed{'s' if len(own) > 1 else ''} {', '.join(own)})" if result.cells else ""
+            seeds.setdefault(why, {}).setdefault(where, []).append(name)
+        for why in dict.fromkeys(map(_general, result.gaps.values())):
+            at = sorted(budget for budget, reason in result.gaps.items() if _general(reason) == why)
+            alike = budgets.setdefault(why, {}).setdefault(enumerated([f"{budget:g}" for budget in at]), {})
+            alike.setdefault(_least(result.gaps[at[0]]), []).append(name)
+    named = {why: [_named(names, where) for where, names in groups.items()] for why, groups in seeds.items()}
+    for why, groups in budgets.items():
+        named[why] = [
+            f"at {at}, {', '.join(_named(names, least) for least, names in alike.items())}"
+            for at, alike in groups.items()
+        ]
+    return [(why, "; ".join(parts)) for why, parts in named.items()]
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    return ", ".join(names) + what
+
+
+LEAST = re.compile(r"; the least budget here is ([\d.]+)")
+
+
+def _general(why: str) -> str:
+    """Why a budget cannot be met, without its figures and the policy's name."""
+    why = re.sub(r"\bbudget [\d.]+ is", "the budget is", LEAST.sub("", why))
+    return re.sub(r"policy ('[^']*'|\"[^\"]*\")", "the policy", why)
+
+
+def _least(why: str) -> str:
+    found = LEAST.search(why)
+    return f" (possible from {found[1].rstrip('.')})" if found else ""
+
+
+def enumerated(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def estimates(
@@ -154,29 +215,40 @@ def accuracy_table(
     found: Mapping[tuple[str, float], tuple[Estimate, Estimate]],
     budgets: Sequence[float],
 ) -> Table:
-    """Accuracy at each budget, its area, and what is spent of what is asked."""
-    rows = [["policy", "seeds", *(f"at {budget:g}" for budget in budgets), "area", "spent / asked", "over budget"]]
-    for name, result in results.items():
-        if not result.records:
-            if any(why != NOT_YET for why in result.failures.values()):
-                rows.append([name, "0", *["failed"] * len(budgets), "", "", ""])
-            continue
-        seeds = str(len(result.cells))
+    """Accuracy at each budget, its area and the spread of that, hypervolume, what is spent of what is asked."""
+    head = ["policy", "seeds", "area", "spread", *(f"at {budget:g}" for budget in budgets)]
+    rows = [[*head, "hypervolume", "spent / asked", "over budget"]]
+    for result in ranked(results, budgets):
+        name, seeds = result.name, str(len(result.cells))
         if not result.budgeted:
-            (budget,) = result.records
+            ((budget, _),) = result.records.items()
             cost = f"{100 * result.mean(budget, 'llm_flops_ratio'):.1f} % of LLM FLOPs"
-            rows.append([name, seeds, *[""] * (len(budgets) - 1), show(found[name, budget][0]), "", cost, ""])
+            own = f"{show(found[name, budget][0])} at its own cost"
+            rows.append([name, seeds, "", "", own, *[""] * (len(budgets) - 1), "", cost, ""])
             continue
         cells = [show(found[name, budget][0]) if budget in result.records else "—" for budget in budgets]
-        area = f"{100 * area_of(result, budgets):.1f}" if result.meets(budgets) else "—"
-        asked = [result.mean(budget, "llm_flops_ratio") / budget for budget in budgets if budget in result.records]
+        met = [budget for budget in budgets if budget in result.records]
+        area, spread = "—", ""
+        if len(met) > 1:
+            areas_R = np.asarray(area_under_curve(met, np.stack([result.scores(budget).mean(1) for budget in met], -1)))
+            area = f"{100 * area_of(result, met):.1f}" + (f" from {met[0]:g}" if len(met) < len(budgets) else "")
+            spread = f"{100 * np.std(areas_R, ddof=1):.2f}" if len(areas_R) > 1 else ""
+        points = [(result.mean(at, "llm_flops_ratio"), result.mean(at, "accuracy")) for at in result.records]
+        asked = [result.mean(budget, "llm_flops_ratio") / budget for budget in met]
         over = sum(record["budget_violations"] for own in result.records.values() for record in own)
-        rows.append([name, seeds, *cells, area, f"{np.mean(asked):.2f}", str(over)])
+        measured = [f"{100 * hypervolume(points):.1f}", f"{np.mean(asked):.2f}", str(over)]
+        rows.append([name, seeds, area, spread, *cells, *measured])
+    for name, result in results.items():
+        if not result.records and any(why != NOT_YET for why in result.failures.values()):
+            rows.append([name, "0", "", "", *["failed"] * len(budgets), "", "", ""])
     note = (
         "Accuracy in %, mean over seeds and kinds of questions (each kind counts alike), with a 95 % "
-        "stratified-bootstrap interval over seeds; one seed gives no interval. Area: mean accuracy over the budgets. "
-        "An interval is over trainings, on one test split of one data set: it says nothing of other data or backbones. "
-        "A dash is a budget that cannot be met."
+        "stratified-bootstrap interval over seeds; one seed gives no interval. Area: mean accuracy over the budgets, "
+        "each query counting alike; spread: its standard deviation over seeds, in points. Hypervolume: the area, in %, "
+        "that the points of a policy dominate, from cost 0 to 1. A dash is a budget that cannot be met; an area from a "
+        "budget on compares with such areas alone. Where two intervals do not meet, other seeds would most likely give "
+        "the same order; they are of trainings, on one test split of one data set, and say nothing of other data or "
+        "backbones."
     )
     return Table("Accuracy", rows, note)
 
@@ -188,14 +260,14 @@ def middle_table(
 ) -> Table:
     """Interquartile means."""
     rows = [["policy", *(f"at {budget:g}" for budget in budgets)]]
-    for name, result in results.items():
-        if result.records and result.budgeted and len(result.cells) > 1:
-            rows.append(
-                [name, *(show(found[name, budget][1]) if budget in result.records else "—" for budget in budgets)]
-            )
+    for result in ranked(results, budgets):
+        if result.budgeted and len(result.cells) > 1:
+            own = [found.get((result.name, budget)) for budget in budgets]
+            rows.append([result.name, *("—" if each is None else show(each[1]) for each in own)])
     note = (
         "The mean, in %, of the middle half of the accuracies by seed and kind of question, with a 95 % "
-        "stratified-bootstrap interval: neither single seeds that went wrong nor the easiest and hardest kinds move it."
+        "stratified-bootstrap interval: neither single seeds that went wrong nor the easiest and hardest kinds move "
+        "it, so an order that differs from that of the means rests on these; it is no mean, and hides what they lose."
     )
     return Table("Interquartile means", rows, note)
 
@@ -210,16 +282,23 @@ def area_of(result: ArmResult, budgets: Sequence[float]) -> float:
     return float(area_under_curve(budgets, [result.mean(budget, "accuracy") for budget in budgets]))
 
 
+def shared_budgets(first: ArmResult, second: ArmResult, budgets: Sequence[float]) -> list[float]:
+    """Those that both meet; none if one has no budget, and so its own cost at each."""
+    if not (first.budgeted and second.budgeted):
+        return []
+    return [budget for budget in budgets if budget in first.records and budget in second.records]
+
+
 def comparisons(
-    results: dict[str, ArmResult], pairs: Sequence[tuple[str, str]], budgets: Sequence[float]
+    results: Mapping[str, ArmResult], pairs: Sequence[tuple[str, str]], budgets: Sequence[float]
 ) -> list[Comparison]:
-    """Paired tests of arms that met the same budgets, at each budget and in area, corrected together."""
+    """Paired tests of arms that met the same budgets, in area and at each budget."""
     tests: list[tuple[str, str, float | None, np.ndarray, np.ndarray]] = []
     for first, second in pairs:
         ours, theirs = results.get(first), results.get(second)
         if ours is None or theirs is None:
             continue
-        both = [budget for budget in budgets if budget in ours.records and budget in theirs.records]
+        both = shared_budgets(ours, theirs, budgets)
         scores = {budget: (ours.scores(budget).mean(0), theirs.scores(budget).mean(0)) for budget in both}
         tests += [(first, second, budget, *scores[budget]) for budget in both]
         if len(both) > 1:
@@ -229,55 +308,63 @@ def comparisons(
 
 
 def comparison_table(found: Sequence[Comparison]) -> Table:
-    rows = [["", "against", "at", "difference, points", "p (Holm)", "verdict"]]
+    rows = [["policy", "against", "at", "difference, points", "p (Holm)", "verdict"]]
     for each in found:
         at = "area" if each.budget is None else f"{each.budget:g}"
         difference = f"{100 * each.difference.value:+.2f} [{100 * each.difference.low:+.2f}, "
         difference += f"{100 * each.difference.high:+.2f}]"
-        rows.append([each.first, each.second, at, difference, f"{each.p:.1g}", each.verdict])
+        rows.append([each.first, each.second, at, difference, show_p(each.p), each.verdict])
+    areas = sum(each.budget is None for each in found)
     note = (
-        "Paired t-tests on the same queries, each arm's accuracy on a query the mean over its seeds, corrected for "
-        "their number; intervals are bootstrapped over queries. They speak of these trained controllers on this data."
+        "Paired t-tests on the same queries, each arm's accuracy on a query the mean over its seeds; intervals are "
+        "bootstrapped over queries, and are not corrected. p is corrected (Holm) in two families: the "
+        f"{areas} areas, which are the main question, and the {len(found) - areas} single budgets. They speak of these "
+        "trained controllers on this data: a difference that is shown holds for other queries of its kind, not for "
+        "other data; one that is not shown may be there all the same."
     )
     return Table("Paired comparisons", rows, note)
 
 
-def cost_table(results: dict[str, ArmResult]) -> Table:
-    """What plans keep and cost, budget by budget."""
-    times = any(
-        "ttft_ms_p50" in record for result in results.values() for own in result.records.values() for record in own
-    )
-    head = ["policy", "budget", "LLM FLOPs %", "total FLOPs %", "tokens", "heads", "layers", "hypervolume"]
-    rows = [head + ["TTFT ms"] * times]
-    for name, result in results.items():
-        points = [
-            (result.mean(budget, "llm_flops_ratio"), result.mean(budget, "accuracy")) for budget in result.records
-        ]
-        for place, budget in enumerate(sorted(result.records)):
+def cost_table(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> Table:
+    """Accuracy, what plans keep and what they cost, budget by budget."""
+    every = [record for result in results.values() for own in result.records.values() for record in own]
+    times = any("ttft_ms_p50" in record for record in every)
+    head = ["policy", "budget", "accuracy %", "standard error", "LLM FLOPs %", "total FLOPs %"]
+    rows = [[*head, "tokens", "heads", "layers"] + ["TTFT ms"] * times]
+    for result in ranked(results, budgets):
+        for budget in sorted(result.records):
+            accuracy = [f"{100 * result.mean(budget, 'accuracy'):.2f}"]
+            accuracy.append(f"{100 * standard_error(result.scores(budget)):.2f}")
             spent = [f"{100 * result.mean(budget, field):.1f}" for field in ("llm_flops_ratio", "total_flops_ratio")]
             kept = [f"{result.mean(budget, field):.1f}" for field in ("kept_tokens", "kept_heads", "kept_layers")]
-            volume = f"{100 * hypervolume(points):.1f}" if place == 0 else ""
             timed = [record["ttft_ms_p50"] for record in result.records[budget] if "ttft_ms_p50" in record]
             time = [f"{np.median(timed):.2f}" if timed else ""] * times
-            rows.append([name, f"{budget:g}" if result.budgeted else "", *spent, *kept, volume, *time])
+            own = f"{budget:g}" if result.budgeted else ""
+            rows.append([result.name, own, *accuracy, *spent, *kept, *time])
     note = (
-        "Means over queries and seeds. LLM FLOPs are prefill and answer of the language model with everything that "
-        "choosing the plan costs; total FLOPs have the vision tower and projector too. Hypervolume: the area, in %, "
-        "that the points of a policy dominate. Times are medians of single queries on the machine that is named below, "
-        "and compare only within this table."
+        "Means over queries and seeds, each query counting alike. Standard error: of that accuracy, from query to "
+        "query; it says how far other queries of the same kind would move it, and nothing of other trainings. LLM "
+        "FLOPs are prefill and answer of the language model with everything that choosing the plan costs; total FLOPs "
+        "have the vision tower and projector too. FLOPs compare policies on any machine; they are no times."
     )
-    return Table("Cost", rows, note)
+    if times:
+        note += " Times are medians of single queries on the machine named below, and compare only within this table."
+    return Table("Cost and accuracy, point by point", rows, note)
+
+
+def validations(cell: Cell) -> list[tuple[int, float, float]]:
+    """Queries, seconds, and mean accuracy over the budgets, at each validation of a cell's training, if it had one."""
+    folder = RunFolder(cell.run)
+    return [
+        (line["queries"], timing["seconds"], float(np.mean([own["accuracy"] for own in line["validation"].values()])))
+        for line, timing in zip(folder.metrics(), folder.timing(), strict=False)
+        if "validation" in line
+    ]
 
 
 def convergence(cell: Cell) -> Convergence | None:
     """How soon a cell's training converged, if it had one."""
-    folder = RunFolder(cell.run)
-    lines = [(line, timing) for line, timing in zip(folder.metrics(), folder.timing(), strict=False)]
-    points = [
-        (line["queries"], timing["seconds"], np.mean([each["accuracy"] for each in line["validation"].values()]))
-        for line, timing in lines
-        if "validation" in line
-    ]
+    points = validations(cell)
     if not points:
         return None
     final = points[-1][2]
@@ -289,22 +376,23 @@ def convergence(cell: Cell) -> Convergence | None:
     return Convergence(int(since[0]), float(since[1]), float(final))
 
 
-def convergence_table(results: dict[str, ArmResult]) -> Table:
+def convergence_table(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> Table:
     rows = [
         ["policy", "seeds", "queries to converge", "seconds to converge", "final validation %", "spread over seeds"]
     ]
-    for name, result in results.items():
+    for result in ranked(results, budgets):
         found = [each for each in map(convergence, result.cells) if each is not None]
         if not found:
             continue
         finals = [100 * each.final for each in found]
         spread = f"{np.std(finals, ddof=1):.2f}" if len(finals) > 1 else ""
         queries, seconds = np.median([each.queries for each in found]), np.median([each.seconds for each in found])
-        rows.append([name, str(len(found)), f"{queries:,.0f}", f"{seconds:.0f}", f"{np.mean(finals):.1f}", spread])
+        soon = [f"{queries:,.0f}", f"{seconds:.0f}"]
+        rows.append([result.name, str(len(found)), *soon, f"{np.mean(finals):.1f}", spread])
     note = (
         "Converged: from then on mean validation accuracy over the budgets stays within "
         f"{100 * MOST_LOST:g} point of its end. Medians over seeds; seconds of training alone. Spread: standard "
-        "deviation of the final accuracy, in points. Validations are some thousand queries apart, so nothing finer can "
-        "be told."
+        "deviation of the final accuracy, in points. Queries compare trainings on any machine, seconds only those that "
+        "had this one for themselves; validations are some thousand queries apart, so nothing finer can be told."
     )
     return Table("Convergence and stability", rows, note)
