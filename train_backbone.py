@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = cli.parse(BackboneConfig, arguments)
     check(config)
     out = RunFolder.begun(config.out, config, config.resume) if leads() else nullcontext(RunFolder(config.out))
-    with deterministic(config.deterministic), out as folder:
+    with out as folder, deterministic(config.deterministic):
         run(config, folder)
 
 

@@ -299,7 +299,7 @@ def main() -> None:
     began = time.time()
     config = cli.parse(GumbelConfig)
     config.check()
-    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+    with RunFolder.begun(config.out, config, config.resume) as folder, deterministic(config.deterministic):
         run(config, folder, began)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from backbones import Backbone
 from backbones.errors import InputError
+from backbones.time_limit import check_seconds
 from envs import MaskingCore, MaskingVecEnv
 from envs.ray_core import RayCore
 from envs.sb3_env import info_columns
@@ -66,6 +67,9 @@ class RLConfig(ControllerRunConfig):
     """A reward's name, or your own function as `package.module:function`; several are summed, each with an optional
     weight: `accuracy -0.3*flops 0.1*my_rewards:shape`. The default is accuracy minus FLOPs with the step of accuracy
     made smooth: it tells two right answers, or two wrong ones, apart."""
+    reward_seconds: float = 300.0
+    """Seconds that each reward may take for a batch of plans; one that takes longer ends the training, which keeps its
+    last checkpoint. 0: any time."""
     out: Path = Path("runs/rl")
     """Run folder to make."""
     envs: int = 256
@@ -103,6 +107,7 @@ class RLConfig(ControllerRunConfig):
     def check(self) -> None:
         super().check()
         self.check_at_least_one("envs", "rollout_steps", "epochs", "batch_size", "plans_per_query")
+        check_seconds("--reward-seconds", self.reward_seconds)
         if self.workers < 0 or (self.workers and self.tune_backbone != "off"):
             why = "a tuned backbone cannot have replicas" if self.workers > 0 else "it must be at least 0"
             raise cli.InputError(f"--workers is {self.workers}; {why}")
@@ -123,6 +128,7 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
     options: dict[str, Any] = {
         "data": config.data,
         "reward": config.reward,
+        "reward_seconds": config.reward_seconds,
         "budgets": config.budgets,
         **config.laying_out(),
         "controller_flops": TwoLevelController(sizes).flops,
@@ -312,7 +318,7 @@ def main() -> None:
     began = time.time()
     config = cli.parse(RLConfig)
     config.check()
-    with deterministic(config.deterministic), RunFolder.begun(config.out, config, config.resume) as folder:
+    with RunFolder.begun(config.out, config, config.resume) as folder, deterministic(config.deterministic):
         tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
         controller, backbone, tuning = train(config, folder, tracker)
         conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)

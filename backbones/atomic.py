@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from backbones.errors import InputError
 
 UNFINISHED, REMOVED = ".unfinished", ".removed"
@@ -56,22 +58,29 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
+def cannot_write(path: Path, error: OSError | SafetensorError) -> InputError:
     """What to say of a place that nothing can be written to."""
-    return InputError(
-        f"{str(path)!r} cannot be written ({error.strerror or error}); make room, or choose another place"
-    )
+    why = getattr(error, "strerror", None) or error
+    return InputError(f"{str(path)!r} cannot be written ({why}); make room, or choose another place")
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; when the block ends without an error it takes the place of ``folder``."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """An empty folder to fill; when the block ends without an error it takes the place of ``folder``.
+
+    Raises:
+        InputError: a place where it cannot be written; what is half written is removed, for the disk may be full.
+    """
     unfinished = folder.with_name(UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    yield unfinished
-    put_in_place(unfinished, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        put_in_place(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise cannot_write(folder, error) from error
 
 
 def put_in_place(unfinished: Path, folder: Path) -> None:

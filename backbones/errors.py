@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -18,6 +20,23 @@ def first_line(error: Exception) -> str:
     """What an error of somebody else's says, as far as it goes into a message of one line: below a heading, if any."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def printable(text: str) -> str:
+    """A text of somebody's as one line that no terminal acts on: without ends of lines, control characters escaped."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(each if each.isprintable() else _escaped(each) for each in line)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an error that somebody's code ended with is the user's Ctrl-C, which is no fault of that code."""
+    if not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread():
+        return False
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler  # commands hear it in another way
 
 
 def query_named(ids: Sequence[str] | None, row: int) -> str:

@@ -45,7 +45,7 @@ def load_backbone(
     if not looks_local and "/" not in name:
         raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
     check_placement(dtype, device)
-    if looks_local and not os.path.isdir(folder.expanduser()):
+    if looks_local and not os.path.isdir(os.path.expanduser(folder)):
         problem = "it is a file" if os.path.isfile(folder) else "there is no such folder"
         raise InputError(f"backbone {name!r} could not be read ({problem}); check the folder")
     adapters = where if holds_adapters(where) else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin
 
-from backbones.errors import InputError
+from backbones.errors import InputError, printable, was_interrupted
 
 Parser = Callable[[str], Any]
 
@@ -101,8 +101,10 @@ def import_dotted(path: str, what: str, expected: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the user's module
-        raise InputError(f"{what} cannot be imported ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # importing runs the user's module
+        if was_interrupted(error):
+            raise
+        raise InputError(f"{what} cannot be imported ({type(error).__name__}: {printable(str(error))})") from error
     if not callable(function):
         raise InputError(f"{what} is a {type(function).__name__}; it must be {expected}")
     return function

@@ -57,6 +57,7 @@ class MaskingCore:
         latency_model: predicts prefill times, for rewards that ask for them.
         positions: how the kept tokens are laid out; see ``backbones.survivors``.
         merge: whether dropped tokens are averaged into kept ones.
+        reward_seconds: that each reward may take for a batch; 0: any time.
 
     Raises:
         InputError: an unknown name or path, a budget outside (0, 1], an unknown kind of observation.
@@ -75,12 +76,13 @@ class MaskingCore:
         latency_model: LatencyModel | None = None,
         positions: str = "original",
         merge: bool = False,
+        reward_seconds: float = 0,
     ):
         if not _are_bounds(budgets):
             raise InputError(f"budgets are {budgets!r}; give a lower and an upper bound with 0 < lower <= upper <= 1")
         if observation not in OBSERVATIONS:
             raise InputError(f"observation is {observation!r}; it must be one of {', '.join(OBSERVATIONS)}")
-        self.reward = WeightedReward(reward)
+        self.reward = WeightedReward(reward, reward_seconds)
         self.backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         self.source = load_queries(data, split) if isinstance(data, str) else data
         self.bank = EncodingBank(self.backbone, self.source)

@@ -16,7 +16,7 @@ def load_path(path: Path, split: str) -> datasets.Dataset:
     """A ``save_to_disk`` folder, a parquet or JSON-lines file, an image folder, or a folder with one file per split.
 
     Raises:
-        InputError: another format, no such split, or something that cannot be read.
+        InputError: another format, no such split, no rows, or something that cannot be read.
     """
     try:
         if is_saved(path):
@@ -37,6 +37,8 @@ def load_path(path: Path, split: str) -> datasets.Dataset:
     except InputError:
         raise
     except Exception as error:  # datasets raises many kinds; whatever it is, the path could not be read
+        if isinstance(error, IndexError | StopIteration) or "corresponds to no data" in str(error):
+            raise no_rows(str(path), split) from error
         raise unreadable(path, error) from error
     if getattr(loaded.features.get("image"), "dtype", None) in ("string", "large_string"):
         base = path if path.is_dir() else path.parent
@@ -53,6 +55,11 @@ def is_saved(path: Path) -> bool:
 def unreadable(path: Path, error: Exception) -> InputError:
     """What to say of a path that ``datasets`` cannot read."""
     return InputError(f"data {str(path)!r} could not be read ({first_line(error)})")
+
+
+def no_rows(data: str, split: str) -> InputError:
+    """What to say of data without a query."""
+    return InputError(f"data {data!r}, split {split!r} has no rows; name data that have one or more")
 
 
 def pick_split(names: list[str], wanted: tuple[str, ...], path: Path) -> str:

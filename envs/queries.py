@@ -25,7 +25,7 @@ from envs.accepted import Accepted
 from envs.benchmarks.metrics import Answered, Metrics
 from envs.benchmarks.rules import RULES
 from envs.benchmarks.source import SOURCES
-from envs.local_data import load_path
+from envs.local_data import load_path, no_rows
 from envs.scenes import scenes
 from envs.side_by_side import side_by_side
 
@@ -61,7 +61,7 @@ class DatasetQueries:
                 f"and needs {', '.join(COLUMNS)}"
             )
         if len(dataset) == 0:
-            raise InputError(f"data {name!r}, split {split!r} has no rows")
+            raise no_rows(name, split)
         self.name, self.split = name, split
         images = [column for column in IMAGES if column in dataset.column_names]
         texts = [column for column in TEXTS if column in dataset.column_names]

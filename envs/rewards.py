@@ -7,6 +7,7 @@ that remembers gives ``state()`` and takes ``load_state()``, JSON data, so that 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from backbones.errors import InputError, queries_named
+from backbones.errors import InputError, printable, queries_named, was_interrupted
 from backbones.naming import import_dotted
+from backbones.time_limit import TimeLimitError, check_seconds, within
 from envs.lagrangian import Lagrangian
 
 
@@ -126,12 +128,15 @@ class WeightedReward:
 
     Args:
         parts: ``NAME``, ``package.module:function``, or either behind ``WEIGHT*``; one, or several to be summed.
+        seconds: that each may take for a batch; 0: any time. See ``backbones.time_limit`` for what is stopped.
 
     Raises:
-        InputError: an unknown name, a path that cannot be imported, or a weight that is no number.
+        InputError: an unknown name, a path that cannot be imported, a weight that is no number, or no time limit.
     """
 
-    def __init__(self, parts: str | Sequence[str] | Reward):
+    def __init__(self, parts: str | Sequence[str] | Reward, seconds: float = 0):
+        check_seconds("reward_seconds", seconds)
+        self.seconds = seconds
         if callable(parts):
             self.parts: list[tuple[str, float, Reward]] = [(_name(parts), 1.0, parts)]
             return
@@ -149,16 +154,20 @@ class WeightedReward:
             ids: query ids, named in errors.
 
         Raises:
-            InputError: a reward that raises, or returns another shape or a value that is not finite.
+            InputError: a reward that raises, takes too long, or returns another shape or a value that is not finite.
         """
         total = np.zeros(len(terms))
         for name, weight, function in self.parts:
-            total += weight * _evaluate(name, function, terms, ids)
+            total += weight * self._evaluate(name, function, terms, ids)
         return total
 
     def state(self) -> list[Any]:
-        """What a checkpoint keeps of rewards that change: of each part what its ``state()`` gives, or None."""
-        return [function.state() if hasattr(function, "state") else None for _, _, function in self.parts]
+        """What a checkpoint keeps of rewards that change: of each part what its ``state()`` gives, or None.
+
+        Raises:
+            InputError: a ``state()`` that raises, takes too long, or gives what is no JSON.
+        """
+        return [self._state(name, function) for name, _, function in self.parts]
 
     def load_state(self, states: Sequence[Any]) -> None:
         """Continue from ``state()``, by each part's ``load_state``."""
@@ -166,21 +175,49 @@ class WeightedReward:
             if state is not None:
                 function.load_state(state)  # type: ignore[attr-defined]
 
-
-def _evaluate(name: str, function: Reward, terms: RewardTerms, ids: Sequence[str]) -> np.ndarray:
-    try:
-        values = np.asarray(function(terms), dtype=np.float64)
-    except Exception as error:  # the user's own code: whatever it raises, say which reward it was
-        raise InputError(f"reward {name!r} raised {type(error).__name__}: {error} ({queries_named(ids)})") from error
-    if values.shape != (len(terms),):
-        raise InputError(
-            f"reward {name!r} returned shape {values.shape}; it must return one number a row, ({len(terms)},)"
+    def _evaluate(self, name: str, function: Reward, terms: RewardTerms, ids: Sequence[str]) -> np.ndarray:
+        """(B,) float64 of one part."""
+        values: np.ndarray = _within(
+            self.seconds, name, lambda: np.asarray(function(terms), dtype=np.float64), queries_named(ids)
         )
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        where = queries_named([ids[row] for row in bad.tolist()] if len(ids) else [])
-        raise InputError(f"reward {name!r} returned {values[bad[0]]} in {len(bad)} of {len(terms)} rows ({where})")
-    return values
+        if values.shape != (len(terms),):
+            raise InputError(
+                f"reward {name!r} returned shape {values.shape}; it must return one number a row, ({len(terms)},)"
+            )
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            where = queries_named([ids[row] for row in bad.tolist()] if len(ids) else [])
+            raise InputError(f"reward {name!r} returned {values[bad[0]]} in {len(bad)} of {len(terms)} rows ({where})")
+        return values
+
+    def _state(self, name: str, function: Reward) -> Any:
+        if not hasattr(function, "state"):
+            return None
+        state = _within(self.seconds, name, function.state, "in its state()")
+        try:
+            json.dumps(state)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"reward {name!r} has a state() that is no JSON ({printable(str(error))}); give numbers, texts, lists "
+                "and mappings of them"
+            ) from error
+        return state
+
+
+def _within(seconds: float, name: str, call: Callable[[], Any], where: str) -> Any:
+    """What the user's own code returns, if it returns: whatever else it does, say which reward it was."""
+    try:
+        return within(seconds, call)
+    except TimeLimitError as error:
+        raise InputError(
+            f"reward {name!r} did not return within {seconds:g} s ({where}); mend it, or allow more "
+            "(--reward-seconds; 0: any time)"
+        ) from error
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if was_interrupted(error):
+            raise
+        kind = type(error).__name__
+        raise InputError(f"reward {name!r} raised {kind}: {printable(str(error))} ({where})") from error
 
 
 def _name(function: Reward) -> str:

@@ -155,7 +155,11 @@ class Swapped:
 
 
 def swapped(queries: DatasetQueries, backbone: Backbone, seed: int) -> tuple[Swapped, Swapped]:
-    """The queries with other images, and with others' questions of as many tokens, so that plans cost the same."""
+    """The queries with other images, and with others' questions of as many tokens, so that plans cost the same.
+
+    Raises:
+        InputError: a single image, which leaves no other to show.
+    """
     rng = np.random.default_rng(seed)
     everyone = np.arange(len(queries))
     lengths = np.array([len(backbone.prompt_ids(queries.text(row)[1])[1]) for row in range(len(queries))])
@@ -164,6 +168,11 @@ def swapped(queries: DatasetQueries, backbone: Backbone, seed: int) -> tuple[Swa
         group = rng.permutation(everyone[lengths == length])
         questions[group] = np.roll(group, len(group) // 2)
     groups = queries.by_image()
+    if len(groups) == 1:
+        raise InputError(
+            f"data {queries.name!r} has a single image here, and the audit shows the policy another; "
+            "name data of two or more, or allow them by --limit"
+        )
     order = rng.permutation(len(groups))
     images = everyone.copy()
     for own, other in zip(order, np.roll(order, 1), strict=True):

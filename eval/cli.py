@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import re
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from backbones import Backbone, atomic
 from backbones.errors import InputError as InputError
+from backbones.errors import printable
 from backbones.plain_files import read_config
 from eval.runs import RunFolder, check_place
 from eval.saved import load_with_options
@@ -29,6 +31,9 @@ ConfigT = TypeVar("ConfigT")
 FRAME, RULE = str.maketrans(dict.fromkeys("│╭╮╰╯", " ")), re.compile("[─-]{10,}")
 """What tyro draws around messages, and between their paragraphs."""
 
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What writing to a full disk, or beyond a quota, gives, wherever it is."""
 
 RESUME = "go on with the same command and --resume"
 """How a training that was stopped continues."""
@@ -49,13 +54,17 @@ class Placement:
 
 
 def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
-    """Run a command. Bad input ends it with status 2 and one line on standard error, SIGINT and SIGTERM with the
-    statuses 130 and 143 and one line that says how to ``go_on``."""
+    """Run a command. Bad input and a full disk end it with status 2 and one line on standard error, SIGINT and SIGTERM
+    with the statuses 130 and 143 and one line that says how to ``go_on``."""
     with StopSignals():
         try:
             main()
         except InputError as error:
-            _end(f"error: {' '.join(str(error).split())}", 2)
+            _end(f"error: {printable(str(error))}", 2)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            _end(f"error: {printable(str(error))}; make room, then {go_on}", 2)
         except Stopped as stopped:
             _end(f"{stopped}; {go_on}", stopped.status)
 

@@ -194,6 +194,7 @@ class RunJournal:
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
+        load_queries(config.data, "test", config.test_queries)  # a split that cannot be used is met before the training
         self._check_reach()
         self.lines = 0
         self.clock = TrainingClock(backbone.device)

@@ -63,7 +63,8 @@ def room_for_choice(
 
     Returns:
         ``random``: mean over all plans and queries; ``static``: of the plan that is best on one half of the queries,
-        on the other half (both ways, averaged); ``oracle``: whether any of the M plans answers right.
+        on the other half (both ways, averaged; a single query has no halves, and leaves it out); ``oracle``: whether
+        any of the M plans answers right.
     """
     generator = torch.Generator().manual_seed(seed)
     waits_MA = random_waits(backbone, plans, generator)
@@ -77,13 +78,12 @@ def room_for_choice(
             rows.append(_scores(backbone, encoding, masks, bank))
         columns.append(np.stack(rows))
     right = np.concatenate(columns, axis=1)
-    halves = right[:, ::2], right[:, 1::2]
-    static = [held_out[chosen_on.mean(1).argmax()].mean() for chosen_on, held_out in (halves, halves[::-1])]
-    return {
-        "random": float(right.mean()),
-        "static": float(np.mean(static)),
-        "oracle": float(right.max(axis=0).mean()),
-    }
+    room = {"random": float(right.mean())}
+    if len(bank) > 1:
+        halves = right[:, ::2], right[:, 1::2]
+        static = [held_out[chosen_on.mean(1).argmax()].mean() for chosen_on, held_out in (halves, halves[::-1])]
+        room["static"] = float(np.mean(static))
+    return {**room, "oracle": float(right.max(axis=0).mean())}
 
 
 def _batches(bank: EncodingBank, name: str) -> Iterator[Encoding]:

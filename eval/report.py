@@ -112,7 +112,8 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="queries", ylabel="mean reward of a rollout", title="training")
     validations = [line for line in metrics if "validation" in line]
     for budget in validations[0]["validation"] if validations else ():
-        points = [(line["queries"], 100 * line["validation"][budget]["accuracy"]) for line in validations]
+        met = [line for line in validations if budget in line["validation"]]
+        points = [(line["queries"], 100 * line["validation"][budget]["accuracy"]) for line in met]
         right.plot(*zip(*points, strict=True), marker="o", label=f"budget {budget}")
     right.set(xlabel="queries", ylabel="accuracy (%)", title="validation")
     if validations:

@@ -21,13 +21,19 @@ import yaml
 
 from backbones.atomic import cannot_write, temporary, write_atomically, write_json
 from backbones.errors import InputError
-from backbones.plain_files import parse_json, read_config
+from backbones.plain_files import check_inside, check_regular, is_number, parse_json, read_config
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
 CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
 
-NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers")
+LINE_NUMBERS = ("queries", "step", "reward", "seconds", "peak_memory_mb")
+"""Fields of lines that are numbers, where they are there."""
+
+TIMED = ("queries", "seconds", "peak_memory_mb")
+"""Fields of every line of timing."""
+
+NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
 
@@ -47,7 +53,8 @@ class RunFolder:
 
         Raises:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
-                by a run of another config, or by one that is going on; or nothing can be written there.
+                by a run of another config, or by one that is going on; it has links out of it, or what is no file; or
+                nothing can be written there.
         """
         check_place(Path(path))
         folder = cls(path)
@@ -59,6 +66,7 @@ class RunFolder:
                 raise InputError(f"output {str(path)!r} exists and is not a run folder; choose another --out")
             if not resume:
                 raise InputError(f"output {str(path)!r} holds a run already; add --resume, or choose another --out")
+            folder._check_entries()
             changed = [key for key, value in folder.config().items() if fields.get(key, value) != value]
             if changed:
                 raise InputError(
@@ -100,6 +108,39 @@ class RunFolder:
         leftover = temporary(self.path / CONFIG)
         return self.path.exists() and any(path != leftover for path in self.path.iterdir())
 
+    def _check_entries(self) -> None:
+        """Before a run that may be anybody's is written to.
+
+        Raises:
+            InputError: a link that leads out of the folder, or what is neither a file nor a folder.
+        """
+        for path in self._entries():
+            check_inside(path, self.path)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise InputError(f"{str(path)!r} is no regular file; remove it")
+        for name in (CONFIG, COMMAND, METRICS, TIMING):
+            self._readable(name)
+
+    def _entries(self) -> Iterator[Path]:
+        """What is in the folder, and then what is below its folders that trainings write to."""
+        yield from self.path.iterdir()
+        for part in (self.checkpoints, self.model):
+            yield from part.rglob("*")
+
+    def _readable(self, name: str) -> Path:
+        """A file of the run.
+
+        Raises:
+            InputError: a link that leads out of the folder, or no regular file.
+        """
+        file = self.path / name
+        check_inside(file, self.path)
+        try:
+            check_regular(file)
+        except ValueError as error:
+            raise InputError(f"{str(file)!r} cannot be read ({error}); restore or remove it") from error
+        return file
+
     def _say_how(self) -> None:
         """Write down command and environment, unless an earlier attempt has."""
         command, versions = self.path / COMMAND, self.path / "environment.json"
@@ -135,7 +176,7 @@ class RunFolder:
         """
         if not self.is_run():
             raise InputError(f"{str(self.path)!r} is not a run folder (no config.yaml)")
-        return read_config(self.path / CONFIG)
+        return read_config(self._readable(CONFIG))
 
     @property
     def checkpoints(self) -> Path:
@@ -152,6 +193,7 @@ class RunFolder:
         Raises:
             InputError: not a run folder, an unreadable config, or one that names no backbone.
         """
+        check_inside(self.model, self.path)
         if self.model.exists():
             return str(self.model)
         name = self.config().get("backbone", "tiny")
@@ -174,12 +216,17 @@ class RunFolder:
         """The lines of ``metrics.jsonl``.
 
         Raises:
-            InputError: a line that is no JSON object.
+            InputError: a line that is no JSON object, or lacks numbers where these belong.
         """
         return self._lines(METRICS)
 
     def timing(self) -> list[dict[str, Any]]:
-        return self._lines(TIMING)
+        """The lines of ``timing.jsonl``.
+
+        Raises:
+            InputError: as ``metrics``.
+        """
+        return self._lines(TIMING, TIMED)
 
     def truncate_metrics(self, keep: int) -> None:
         """Drop the lines, of metrics and timing, that a killed run wrote after its last checkpoint."""
@@ -192,19 +239,27 @@ class RunFolder:
         self._rewrite(METRICS, [line for line in self.metrics() if line.get("step", 0) <= step])
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # checkpoints count the lines before them
+        """Add a line; what a full disk has torn of one has no end, and does not count.
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # checkpoints count the lines before them
+        except OSError as error:
+            raise cannot_write(self.path / name, error) from error
+
+    def _lines(self, name: str, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
         """A line counts when it has its end: what comes after the last end, a crash has torn."""
-        file = self.path / name
+        file = self._readable(name)
         try:
             lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         except OSError as error:
             raise InputError(f"{str(file)!r} cannot be read ({error.strerror}); restore or remove it") from error
-        return [_parsed(line, f"{str(file)!r}, line {number}") for number, line in enumerate(lines, 1)]
+        return [_parsed(line, f"{str(file)!r}, line {number}", needed) for number, line in enumerate(lines, 1)]
 
     def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -213,14 +268,30 @@ class RunFolder:
         write_json(self.path / "result.json", list(records))
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
+def _parsed(line: bytes, where: str, needed: Sequence[str]) -> dict[str, Any]:
     try:
         fields = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}, is not JSON ({error}); mend or remove the line") from error
     if not isinstance(fields, dict):
         raise InputError(f"{where}, is {fields!r:.40}, not an object; mend or remove the line")
+    if "reward" in fields or "validation" in fields:
+        needed = (*needed, "queries")
+    for name in needed:
+        if name not in fields:
+            raise InputError(f"{where}, lacks {name!r}; mend or remove the line")
+    for name in LINE_NUMBERS:
+        if name in fields and not is_number(fields[name]):
+            raise InputError(f"{where}, has {name}: {fields[name]!r:.40}, not a number; mend or remove the line")
+    if "validation" in fields and not _is_validation(fields["validation"]):
+        shown = f"{fields['validation']!r:.40}"
+        raise InputError(f"{where}, has validation: {shown}, not accuracies by budget; mend or remove the line")
     return fields
+
+
+def _is_validation(found: Any) -> bool:
+    by_budget = list(found.values()) if isinstance(found, dict) else []
+    return bool(by_budget) and all(isinstance(own, dict) and is_number(own.get("accuracy")) for own in by_budget)
 
 
 def check_place(path: Path) -> list[Path]:

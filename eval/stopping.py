@@ -90,9 +90,19 @@ def run_process(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     Raises:
         Stopped: by such a signal.
     """
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    started: list[subprocess.Popen[bytes]] = []
+    told: list[int] = []
+
+    def tell(number: int) -> None:
+        for process in started:
+            told.append(number)
+            process.send_signal(number)
+
     # in a group of its own, a Ctrl-C reaches it once, from here, and not a second time from the terminal
-    with subprocess.Popen(command, process_group=0, **quiet) as process:  # noqa: SIM117
-        with StopSignals(waits=True, heard=process.send_signal):
-            _, errors = process.communicate()
+    own: Any = {"process_group": 0, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with StopSignals(waits=True, heard=tell) as signals, subprocess.Popen(command, **own) as process:
+        started.append(process)
+        if signals.asked is not None and not told:  # while it was started
+            tell(signals.asked)
+        _, errors = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, None, errors)

@@ -16,7 +16,7 @@ from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.fingerprint import fingerprint
 from backbones.masks import Masks
-from backbones.plain_files import MALFORMED, read_json
+from backbones.plain_files import MALFORMED, check_inside, read_json
 from backbones.tensor_files import tensor_shapes
 from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
 from policies.baselines import Planner
@@ -91,9 +91,11 @@ def load_controller(
         remedy: what to do about another backbone, for messages.
 
     Raises:
-        InputError: a missing or unreadable file, or a controller for another backbone: of another layout, or with other
-            weights.
+        InputError: a missing or unreadable file, a link out of the folder, or a controller for another backbone: of
+            another layout, or with other weights.
     """
+    for name in (SIZES, WEIGHTS):
+        check_inside(folder / name, folder)
     try:
         sizes: dict[str, Any] = read_json(folder / SIZES)
         make_config, make = _KINDS[sizes.pop("kind", "two-level")]

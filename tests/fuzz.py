@@ -23,6 +23,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 from safetensors.torch import save
@@ -38,6 +39,8 @@ from envs.benchmarks.reading import json_entries, json_lines, tab_separated
 from envs.benchmarks.source import BENCHMARKS, rows
 from envs.scenes import scenes
 from eval import cli
+from eval.experiment.arms import Arm
+from eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
 from eval.experiment.command import read_head
 from eval.policies import load_planner
 from eval.runs import RunFolder
@@ -112,6 +115,15 @@ def targets() -> dict[str, Target]:
 def run_targets() -> dict[str, Target]:
     """Files of runs and experiments."""
     settings = yaml.safe_dump({"seed": 3, "budgets": [0.2, 1.0], "fit": False, "reward": ["accuracy", "-0.2*flops"]})
+
+    measured = {**dict.fromkeys(MEASURED, 0.5), "n": 3, "budgeted": True}
+    columns = BytesIO()
+    np.savez_compressed(columns, allow_pickle=False, **{f"{name}@0.5": np.ones(3) for name in KEPT_COLUMNS})
+
+    def with_records(content: bytes, folder: Path) -> object:
+        of_file("records.json", Path.is_file)(json.dumps([measured]).encode(), folder)
+        return of_file("outcomes.npz", lambda path: Cell(Arm("full"), 0, path.parent).outcomes())(content, folder)
+
     return {
         "config.yaml of a command": Target(
             of_file("options.yaml", lambda path: cli.parse(RLConfig, ["--config", str(path)])), [settings.encode()]
@@ -123,6 +135,15 @@ def run_targets() -> dict[str, Target]:
             of_file("run/metrics.jsonl", lambda path: RunFolder(path.parent).metrics()),
             [b'{"queries": 8, "reward": 0.5}\n{"queries": 16, "validation": {"0.5": {"accuracy": NaN}}}\n'],
         ),
+        "timing.jsonl": Target(
+            of_file("run/timing.jsonl", lambda path: RunFolder(path.parent).timing()),
+            [b'{"queries": 8, "seconds": 0.5, "peak_memory_mb": 9}\n'],
+        ),
+        "records.json of a cell": Target(
+            of_file("records.json", lambda path: Cell(Arm("full"), 0, path.parent).records()),
+            [json.dumps([measured]).encode(), b'[{"budget": 0.5, "gap": "too little"}]'],
+        ),
+        "outcomes.npz": Target(with_records, [columns.getvalue()]),
         "records.json": Target(of_file("records.json", read_records), [json.dumps([RECORD]).encode()]),
         "experiment.json": Target(of_file("experiment.json", read_head), [b'{"backbone": "tiny", "budgets": [0.5]}']),
     }

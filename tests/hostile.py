@@ -49,7 +49,7 @@ def refused(witness: Witness, words: str, megabytes: int = 512, seconds: float =
     resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, before[1]))
     try:
         with pytest.raises(InputError, match=words) as caught:
-            yield
+            yield caught
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert not witness.path.exists(), "hostile code has run"

@@ -32,7 +32,7 @@ PROGRAMS = {
     "train_backbone": train_backbone.main,
     "eval": eval_main.main,
 }
-BAR = re.compile(r"\d+%\||\d+(it|query|plan|unit|setting|policy|image|step)?s? ?\[\d\d:\d\d")
+BAR = re.compile(r"\d+%\||\d+ ?(it|query|plan|unit|setting|policy|image|step|example)?s? ?\[\d\d:\d\d")
 """Of a progress bar, which is no message."""
 
 LINE_LIMIT = 1200

@@ -153,6 +153,7 @@ BACKBONES = [
     Call("a width that is none", lambda g: build(width="mlp"), "width is 'mlp'"),
     Call("no name", lambda _: load_backbone(""), "''"),
     Call("a file as backbone", lambda g: load_backbone(str(g.at["desk"] / "empty")), "it is a file"),
+    Call("a home that is not there", lambda _: load_backbone("~nobody-of-this-name/vlm"), "there is no such folder"),
     Call("a run as backbone", lambda g: load_backbone(str(g.at["run"])), "could not be read"),
     Call("a device that is none", lambda g: load_backbone(str(g.at["vlm"]), device="cuda:99x"), "cuda:99x"),
     Call("a dtype of integers", lambda g: load_backbone(str(g.at["vlm"]), dtype=torch.int8), "torch.int8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 
 import datasets
@@ -14,8 +15,9 @@ from PIL import Image
 from backbones import EncodingBank, InputError
 from backbones.images import read_image
 from envs.queries import DatasetQueries
+from eval import cli
 from tests.conftest import make_dataset
-from tests.refusals import Line, check_line
+from tests.refusals import PROGRAMS, Line, check_line
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
@@ -152,19 +154,27 @@ def test_odd_questions_are_taken(question, small):
 
 @pytest.fixture(scope="module")
 def shelf(desk):
-    """Data sets of one query, and of queries that all fail."""
+    """Data sets of no query, of one, and of queries that all fail."""
     folder = desk["place"] / "shelf"
     folder.mkdir()
     undecoded = make_dataset(4).cast_column("image", datasets.Image(decode=False))
-    failing = {**undecoded.to_dict(), "image": [{"path": None, "bytes": b"rubbish"}] * 4}
-    long = {**make_dataset(2).to_dict(), "question": ["red " * 5000] * 2}
+    failing = {**undecoded.to_dict(), "image": [{"path": None, "bytes": b"rubbish %d" % n} for n in range(4)]}
+    long = {**make_dataset(4).to_dict(), "question": ["red " * 5000] * 4}
     features = make_dataset(1).features
     named = {"one": make_dataset(1)}
     named["failing"] = datasets.Dataset.from_dict(failing, features=features)
     named["long"] = datasets.Dataset.from_dict(long, features=features)
     for name, dataset in named.items():
         dataset.save_to_disk(folder / name)
-    return {**desk, **{name: folder / name for name in named}}
+    none = make_dataset(1).select([])
+    none.save_to_disk(folder / "none")
+    none.to_parquet(folder / "none.parquet")
+    (folder / "none.jsonl").touch()
+    (folder / "none.json").write_text("[]")
+    (folder / "untested").mkdir()
+    for split in ("train", "validation", "test"):
+        (none if split == "test" else make_dataset(4)).to_parquet(folder / "untested" / f"{split}.parquet")
+    return {**desk, **{path.name.replace(".", "-"): path for path in folder.iterdir()}}
 
 
 SMALL = "--backbone {vlm} --out run --total-queries 4 --validate-queries 2 --test-queries 2 --test-budgets 0.9"
@@ -189,12 +199,56 @@ FAILING = [
 ]
 
 
-FAILING.append(
-    Line(
-        "train_backbone --out run --backbone {vlm} --steps 1 --images 2 --questions 1 --data {failing}",
-        "cannot be decoded",
-    )
-)
+BACKBONE = "train_backbone --out run --backbone {vlm} --steps 1 --images 2 --questions 1 --warmup 0"
+FAILING.append(Line(f"{BACKBONE} --data {{failing}}", "cannot be decoded"))
+
+PPO = f"train_rl {SMALL} --envs 4 --plans-per-query 2 --batch-size 4"
+GUMBEL = f"train_gumbel {SMALL} --batch-size 2"
+EXPERIMENT = "eval experiment training --backbone {vlm} --out out --budgets 0.7 1 --arms full random --seeds 0"
+WHATEVER = {
+    PPO: "train",
+    GUMBEL: "validation",
+    BACKBONE: "train",
+    EXPERIMENT: "test",
+    "eval run full random --backbone {vlm} --budgets 0.7 --timing 1": "test",
+    "eval tune fastv:k=1 --backbone {vlm} --budgets 0.7": "validation",
+    "eval latency full --backbone {vlm} --repeats 2": "test",
+    "eval search-static --backbone {vlm} --out static.json --tries 2": "validation",
+    "eval elasticity --backbone {vlm} --plans 2": "train",
+    "eval scale-out --backbone {vlm} --rows 2 --repeats 1 --steps 2": "validation",
+    "eval audit random --backbone {vlm} --budgets 0.7 --plans 2": "test",
+}
+"""Commands that read data, each with the split that it opens first."""
+
+EMPTY = [
+    *(
+        Line(f"{command} --data {{{data}}}", f"split '{split}' has no rows; name data that have one or more")
+        for command, split in WHATEVER.items()
+        for data in ("none", "none-parquet", "none-jsonl")
+    ),
+    Line(f"{PPO} --data {{none-json}}", "split 'train' has no rows"),
+    Line(f"{PPO} --data {{untested}}", "split 'test' has no rows"),
+    Line(f"{GUMBEL} --data {{untested}}", "split 'test' has no rows"),
+    Line("eval audit random --backbone {vlm} --budgets 0.7 --data {one}", "has a single image here"),
+]
+
+
+@pytest.mark.parametrize("line", EMPTY, ids=lambda line: line.command.split(" --")[0] + line.command[-16:])
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_data_without_a_query(line, monkeypatch, capsys, shelf):
+    """Before any work, in whatever form they lie there."""
+    check_line(line, monkeypatch, capsys, shelf["place"], shelf)
+
+
+@pytest.mark.parametrize("command", [each for each in WHATEVER if "audit" not in each])
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_a_single_query_is_enough(command, monkeypatch, capsys, shelf, tmp_path):
+    """All commands but the audit, which needs another image to show; what has no value is left out, not nan."""
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = [part.format(**shelf) for part in f"{command} --data {{one}}".split()]
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    cli.run(PROGRAMS[program])
+    assert "nan" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", FAILING, ids=lambda line: line.command.split(" --backbone")[0] + line.command[-10:])

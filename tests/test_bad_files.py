@@ -11,15 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import eval.__main__ as eval_main
 from backbones import InputError, load_backbone
 from backbones.atomic import write_atomically
 from backbones.latency_model import LatencyModel
+from eval.experiment.arms import Arm
+from eval.experiment.cells import MEASURED, Cell
 from eval.report import plot_tradeoff
 from eval.runs import RunFolder
 from maskgym import AdaptiveVLM
 from policies.checkpoints import load_checkpoint, save_checkpoint
 from policies.learned import SIZES, WEIGHTS, load_controller
 from policies.static.searched import SearchedOrder
+from tests.conftest import command
 from tests.refusals import Line, check_line, snapshot
 
 
@@ -184,6 +188,136 @@ def test_configs_of_runs(content, run):
 def test_metrics_that_are_none(content, run):
     (run / "metrics.jsonl").write_text(content)
     refused("metrics.jsonl', line", run, RunFolder(run).metrics)
+
+
+LINES = {
+    "queries of text": ('{"queries": "8", "reward": 0.5}', "has queries: '8', not a number"),
+    "queries of a list": ('{"queries": [8]}', "has queries: [8], not a number"),
+    "queries of true": ('{"queries": true}', "has queries: True, not a number"),
+    "queries beyond all": ('{"queries": 1%s}' % ("0" * 400), "has queries: 1000"),
+    "no queries beside a reward": ('{"reward": 0.5}', "lacks 'queries'"),
+    "no queries beside a validation": ('{"validation": {"0.5": {"accuracy": 1}}}', "lacks 'queries'"),
+    "a reward of none": ('{"queries": 8, "reward": null}', "has reward: None, not a number"),
+    "a validation of a number": ('{"queries": 8, "validation": 0.5}', "has validation: 0.5, not accuracies by budget"),
+    "a validation of nothing": ('{"queries": 8, "validation": {}}', "has validation: {}, not accuracies"),
+    "a validation of numbers": ('{"queries": 8, "validation": {"0.5": 1}}', "has validation: {'0.5': 1}"),
+    "a validation of no accuracy": ('{"queries": 8, "validation": {"0.5": {}}}', "has validation: {'0.5': {}}"),
+    "an accuracy of text": ('{"queries": 8, "validation": {"0.5": {"accuracy": "1"}}}', "has validation: {'0.5'"),
+    "a step of text": ('{"step": "8"}', "has step: '8', not a number"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_metrics_that_lack_numbers(name, run):
+    line, words = LINES[name]
+    (run / "metrics.jsonl").write_text(f'{{"queries": 4}}\n{line}\n')
+    refused(f"metrics.jsonl', line 2, {words}", run, RunFolder(run).metrics)
+
+
+TIMING = {
+    "no seconds": ('{"queries": 8, "peak_memory_mb": 1}', "lacks 'seconds'"),
+    "no queries": ('{"seconds": 8, "peak_memory_mb": 1}', "lacks 'queries'"),
+    "no memory": ('{"queries": 8, "seconds": 8}', "lacks 'peak_memory_mb'"),
+    "seconds of text": ('{"queries": 8, "seconds": "8", "peak_memory_mb": 1}', "has seconds: '8', not a number"),
+    "memory of none": ('{"queries": 8, "seconds": 8, "peak_memory_mb": null}', "has peak_memory_mb: None"),
+}
+
+
+@pytest.mark.parametrize("name", TIMING)
+def test_timing_that_lacks_numbers(name, run):
+    line, words = TIMING[name]
+    (run / "timing.jsonl").write_text(f"{line}\n")
+    refused(f"timing.jsonl', line 1, {words}", run, RunFolder(run).timing)
+
+
+RECORD = {**dict.fromkeys(MEASURED, 0.5), "n": 2, "budgeted": True, "policy": "full", "arm": "full", "seed": 0}
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [], {}, True, 10**400])
+@pytest.mark.parametrize("field", ["accuracy", "budget", "n", "ttft_ms_p50"])
+def test_records_that_hold_something_else_than_numbers(field, value, saved, tmp_path):
+    mine = Path(shutil.copytree(saved, tmp_path / "mine"))
+    (mine / "result.json").write_text(json.dumps([RECORD, {**RECORD, field: value}]))
+    words = f"result.json', record 2: {field} is {value!r:.40}; it must be a number"
+    refused(words, mine, AdaptiveVLM.from_pretrained, mine)
+
+
+CELLS = {
+    **{f"no {field}": ({**RECORD, field: ...}, f"{field} is None, not a finite number") for field in MEASURED},
+    "an accuracy that is not finite": ({**RECORD, "accuracy": float("nan")}, "accuracy is nan, not a finite number"),
+    "no word on budgets": ({**RECORD, "budgeted": ...}, "budgeted is None, not true or false"),
+    "a number on budgets": ({**RECORD, "budgeted": 1}, "budgeted is 1, not true or false"),
+    "a gap of a number": ({"budget": 0.5, "gap": 3}, "gap is 3, not a text"),
+    "a gap nowhere": ({"gap": "too little"}, "budget is None, not a finite number"),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(desk):
+    """A small experiment that is done, with a training that it is said to have had."""
+    out = desk["place"] / "measured"
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, eval_main.main, *EXPERIMENT.format(**desk, out=out).split()[1:])
+    run = out / "cells" / "full" / "seed-0" / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"queries": 8, "validation": {"0.7": {"accuracy": 0.5}}}\n')
+    (run / "timing.jsonl").write_text('{"queries": 8, "seconds": 1.5, "peak_memory_mb": 9}\n')
+    return out
+
+
+EXPERIMENT = (
+    "eval experiment training --backbone {vlm} --data {data} --out {out} --arms full random --budgets 0.7 1 --seeds 0"
+)
+
+
+@pytest.fixture
+def spoilt(measured, desk, tmp_path, monkeypatch, capsys):
+    """Spoils a file of a cell, and tells what the report then says of it."""
+
+    def spoil(name: str, content: bytes, words: str) -> None:
+        out = Path(shutil.copytree(measured, tmp_path / "out"))
+        (out / "cells" / "full" / "seed-0" / name).write_bytes(content)
+        check_line(Line(EXPERIMENT, words), monkeypatch, capsys, out, {**desk, "out": out})
+
+    return spoil
+
+
+def test_an_experiment_that_is_whole_is_reported(measured, desk, monkeypatch, capsys):
+    """The null of the tests below."""
+    command(monkeypatch, eval_main.main, *EXPERIMENT.format(**desk, out=measured).split()[1:])
+    assert "queries to converge" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_report_names_a_record_that_lacks_something(name, spoilt):
+    record, words = CELLS[name]
+    record = {field: value for field, value in record.items() if value is not ...}
+    spoilt("records.json", json.dumps([record]).encode(), f"seed-0/records.json', record 1: {words}; remove the file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("records.json", b"[3]", "must hold a list of records"),
+        ("records.json", json.dumps([{**RECORD, "budgeted": False}] * 2).encode(), "has one record, not 2"),
+        ("records.json", json.dumps([{**RECORD, "n": 3}]).encode(), "outcomes.npz' cannot be read (accuracy at 0.5"),
+        ("outcomes.npz", b"", "outcomes.npz' cannot be read"),
+        ("run/metrics.jsonl", b'{"queries": 8, "validation": {"0.7": 1}}\n', "metrics.jsonl', line 1, has validation"),
+        ("run/timing.jsonl", b'{"queries": 8}\n', "timing.jsonl', line 1, lacks 'seconds'"),
+    ],
+)
+def test_the_report_names_a_file_that_cannot_be_used(name, content, words, spoilt):
+    spoilt(name, content, words)
+
+
+def test_texts_of_cells_are_taken_whatever_they_are(tmp_path):
+    cell = Cell(Arm("full"), 0, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "failure.txt").write_bytes(b"\xff\x1b[31mred\n" + b"x" * 10**6)
+    (tmp_path / "run" / "command.txt").write_bytes(b"\xff --out 'a  b'\n")
+    said = cell.failure()
+    assert said is not None and said.startswith("\ufffd\\x1b[31mred x") and len(said) < 11_000
+    assert cell.command() == "\ufffd --out 'a  b'"
 
 
 @pytest.mark.parametrize("kind", [SearchedOrder, LatencyModel])

@@ -1,8 +1,10 @@
 """Killed at any moment, a run loses nothing that was saved: every file-system operation is a place to die."""
 
+import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -10,13 +12,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_backbone
 import train_gumbel
 import train_rl
 from backbones import InputError
 from backbones.atomic import whole_folder, write_atomically
+from eval import cli
 from eval.runs import RunFolder
 from policies.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import command
@@ -238,6 +241,101 @@ def test_the_remedy_for_an_unreadable_checkpoint_works(monkeypatch, place, tmp_p
         (out / "checkpoints" / ".unfinished").mkdir()
         train(monkeypatch, place, out, *small, "--resume")
         assert outcome(out) == whole and (out / "result.json").exists()
+
+
+SMALL = ("--total-queries", 12, "--checkpoint-every", 4)
+
+
+@pytest.fixture(scope="module")
+def roomy(place, tmp_path_factory):
+    """What comes of a small training on a disk that has room."""
+    out = tmp_path_factory.mktemp("roomy") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        train(patch, place, out, *SMALL)
+    return outcome(out)
+
+
+@contextmanager
+def at_most(size):
+    """Files that grow beyond so many bytes cannot be written, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("file", "method"), [("metrics.jsonl", "log"), ("timing.jsonl", "log_timing")])
+def test_a_disk_that_is_full_of_metrics_stops_a_training(monkeypatch, place, roomy, tmp_path, capsys, file, method):
+    """In the middle of a line; with room again it goes on as if nothing had been."""
+    write = getattr(RunFolder, method)
+
+    def full(self, **line):
+        if line["queries"] < 8:
+            return write(self, **line)
+        with at_most((self.path / file).stat().st_size + 10):
+            return write(self, **line)
+
+    out = tmp_path / "full"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(RunFolder, method, full)
+        train(patch, place, out, *SMALL)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith(f"error: {str(out / file)!r} cannot be written (File too large)")
+    assert error.endswith("after 8 queries, the last checkpoint is kept") and not (out / file).read_text().endswith(
+        "\n"
+    )
+    train(monkeypatch, place, out, *SMALL, "--resume")
+    assert outcome(out) == roomy
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, None])
+def test_a_disk_that_is_full_of_checkpoints_stops_a_training(monkeypatch, place, roomy, tmp_path, capsys, number):
+    """By its own word, or, with none, by a limit that safetensors runs into."""
+
+    def full(folder, step, *what):
+        if step < 8:
+            return save_checkpoint(folder, step, *what)
+        if number is not None:
+            monkeypatch.setattr("policies.checkpoints.save_file", refusing)
+        with at_most(1000):
+            return save_checkpoint(folder, step, *what)
+
+    def refusing(*_):
+        raise OSError(number, os.strerror(number))
+
+    out = tmp_path / "full"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(train_rl, "save_checkpoint", full)
+        train(patch, place, out, *SMALL)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    why = "File too large" if number is None else os.strerror(number)
+    assert caught.value.code == 2 and "step-000000008' cannot be written" in error and why in error
+    assert error.endswith("after 8 queries, the last checkpoint is kept")
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step-000000000", "step-000000004"], "what was half written takes no room"
+    monkeypatch.setattr("policies.checkpoints.save_file", save_file)
+    train(monkeypatch, place, out, *SMALL, "--resume")
+    assert outcome(out) == roomy
+
+
+def test_a_disk_that_is_full_anywhere_is_told_in_one_line(capsys):
+    """Of what other libraries write. The null: other errors are no input's."""
+
+    def main():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, cli.RESUME)
+    line = "error: [Errno 28] No space left on device: '/somewhere'; make room, then go on with the same command"
+    assert caught.value.code == 2 and capsys.readouterr().err == f"{line} and --resume\n"
+
+    def other():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.run(other)
 
 
 def test_an_unreadable_backbone_checkpoint_is_named_and_the_one_before_is_used(monkeypatch, place, tmp_path, capsys):

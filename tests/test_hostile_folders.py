@@ -1,11 +1,15 @@
 """Files of others: nothing in them is run, unpickled or followed out of its folder, and what they only claim takes no
 memory. Every refusal is one line, quick, and within 512 MB more than the process had."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -16,14 +20,16 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 import eval.__main__ as eval_main
+import eval.policies as eval_policies
 import train_rl
-from backbones import load_backbone
+from backbones import InputError, load_backbone
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
+from backbones.time_limit import within
 from envs import load_queries
 from eval.cli import parse
 from eval.experiment.arms import Arm
-from eval.experiment.cells import Cell
+from eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
 from eval.experiment.command import Experiment
 from eval.policies import load_planner
 from eval.runs import RunFolder
@@ -33,6 +39,7 @@ from policies.static.searched import SearchedOrder
 from tests.conftest import build, command
 from tests.hostile import Witness, a_run, claimed_png, edit, refused
 from tests.local_hub import local_hub
+from tests.refusals import snapshot
 
 DEEP = "[" * 100_000
 ALIASES = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
@@ -351,7 +358,181 @@ def test_a_run_of_a_local_backbone_works_without_a_word(run, capfd):
     assert "vlm" not in capfd.readouterr().err
 
 
+def resumed(place, run):
+    """What resuming somebody's run would write to and remove."""
+    config = train_rl.RLConfig(backbone=str(place / "vlm"), data=str(place / "data"), out=run, resume=True)
+    return RunFolder.create(run, config, resume=True)
+
+
+READERS = {
+    "config.yaml": lambda run: eval_policies.backbone_of([str(run)], None),
+    "controller.json": lambda run: load_planner(str(run), build(), 0),
+    "controller.safetensors": lambda run: load_planner(str(run), build(), 0),
+    "result.json": AdaptiveVLM.from_pretrained,
+    "metrics.jsonl": lambda run: RunFolder(run).metrics(),
+    "timing.jsonl": lambda run: RunFolder(run).timing(),
+    "model": lambda run: RunFolder(run).backbone(),
+}
+"""By name of what may lie in a run's folder, what reads it."""
+
+
+@pytest.fixture
+def elsewhere(place, tmp_path):
+    """What a run's folder has, in another folder."""
+    folder = a_run(tmp_path / "elsewhere", place / "vlm")
+    for name, content in (("result.json", "[]"), ("metrics.jsonl", ""), ("timing.jsonl", ""), ("command.txt", "x")):
+        (folder / name).write_text(content)
+    (folder / "model").mkdir()
+    save_checkpoint(folder / "checkpoints", 1, {"w": torch.ones(1)}, {})
+    return folder
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_run_is_not_left_by_a_link_to_be_read(witness, run, elsewhere, name):
+    """Though what it leads to could be read. The null: a link to a file within the run, and one to the whole run."""
+    shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(elsewhere / name)
+    with refused(witness, f"{name}' is a link out of its folder, to '.*elsewhere/{name}'; put the file itself there"):
+        READERS[name](run)
+    (run / name).unlink()
+    shutil.move(elsewhere / name, run / f"own-{name}")
+    (run / name).symlink_to(f"own-{name}")
+    (run.parent / "linked").symlink_to(run)
+    READERS[name](run.parent / "linked")
+
+
+@pytest.mark.parametrize("name", [*READERS, "command.txt", "checkpoints", "metrics.jsonl.tmp", "tradeoff.png"])
+def test_a_run_is_not_left_by_a_link_to_be_written_to(witness, place, run, elsewhere, name):
+    """By a training that is resumed in somebody's folder, which would append, or remove old checkpoints."""
+    (elsewhere / name).touch()
+    before = snapshot(elsewhere)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(elsewhere / name)
+    with refused(witness, f"{name}' is a link out of its folder"):
+        resumed(place, run)
+    assert snapshot(elsewhere) == before
+
+
+@pytest.mark.parametrize("name", ["step-000000001", "step-000000001/state.json", ".unfinished"])
+def test_checkpoints_are_not_left_by_a_link(witness, place, run, elsewhere, name):
+    save_checkpoint(run / "checkpoints", 1, {"w": torch.ones(1)}, {})
+    own, theirs = run / "checkpoints" / name, elsewhere / "checkpoints" / name
+    theirs.mkdir(exist_ok=True) if name == ".unfinished" else None
+    own.rename(run / "moved") if own.exists() else None
+    own.symlink_to(theirs)
+    with refused(witness, f"{name}' is a link out of its folder"):
+        resumed(place, run)
+
+
+def test_what_the_hubs_cache_holds_is_taken(saved, tmp_path):
+    """Of a repository: links to its blobs. The null: the same links elsewhere."""
+    blobs, snapshot_of = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
+    shutil.copytree(saved / "model", snapshot_of / "model")
+    blobs.mkdir()
+    for number, file in enumerate(path for path in saved.iterdir() if path.is_file()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot_of / file.name).symlink_to(f"../../blobs/{number}")
+    assert AdaptiveVLM.from_pretrained(snapshot_of).records == []
+    (tmp_path / "repo" / "snapshots").rename(tmp_path / "repo" / "copies")
+    with pytest.raises(InputError, match="is a link out of its folder"):
+        AdaptiveVLM.from_pretrained(tmp_path / "repo" / "copies" / "abc")
+
+
+def test_an_experiment_is_not_left_by_a_link(witness, tmp_path, elsewhere):
+    cell = Cell(Arm("full"), 0, tmp_path / "cell")
+    cell.run.mkdir(parents=True)
+    for file, read in (
+        (cell.folder / "records.json", cell.records),
+        (cell.folder / "outcomes.npz", cell.outcomes),
+        (cell.folder / "failure.txt", cell.failure),
+        (cell.run / "command.txt", cell.command),
+    ):
+        file.symlink_to(elsewhere / "result.json")
+        with refused(witness, f"{file.name}' is a link out of its folder"):
+            read()
+        file.unlink()
+
+
 # Sizes
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def socket_file(path):
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(path))
+
+
+SPECIAL = {"pipe": pipe, "socket": socket_file, "folder": Path.mkdir}
+
+
+def put_in_place_of(path, special):
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SPECIAL[special](path)
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("name", ["controller.json", "controller.safetensors", "metrics.jsonl", "timing.jsonl"])
+def test_what_is_no_file_is_not_waited_for(witness, run, monkeypatch, name, special):
+    monkeypatch.chdir(run)  # names of sockets are short
+    put_in_place_of(Path(name), special)
+    with refused(witness, f"{name}' cannot be read .* is no regular file|{name} is no regular file"):
+        within(5, lambda: READERS[name](run))
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+def test_without_its_file_it_is_no_run_or_one_without_results(witness, run, monkeypatch, special):
+    monkeypatch.chdir(run)
+    put_in_place_of(Path("result.json"), special)
+    assert within(5, lambda: AdaptiveVLM.from_pretrained(run)).records == []
+    put_in_place_of(Path("config.yaml"), special)
+    with refused(witness, "is neither a run folder"):
+        within(5, lambda: AdaptiveVLM.from_pretrained(run))
+
+
+@pytest.mark.parametrize("special", ["pipe", "socket"])
+@pytest.mark.parametrize("name", ["command.txt", "metrics.jsonl", "notes", "checkpoints/step-000000001/state.json"])
+def test_what_is_no_file_is_not_resumed_from(witness, place, run, monkeypatch, name, special):
+    monkeypatch.chdir(run)
+    put_in_place_of(Path(name), special)
+    with refused(witness, f"{name}' is no regular file; remove it"):
+        within(5, lambda: resumed(place, run))
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adaptive.json", "controller.json", "controller.safetensors", "model/config.json"),
+        *("model/model.safetensors", "model/processor_config.json", "model/tokenizer.json"),
+        *("model/tokenizer_config.json", "model/chat_template.jinja"),
+    ],
+)
+def test_what_is_no_file_of_a_shared_folder_is_not_waited_for(witness, saved, monkeypatch, name, special):
+    """Refused, or, where it is not needed, left alone."""
+    monkeypatch.chdir(saved)
+    put_in_place_of(Path(name), special)
+    with contextlib.suppress(InputError):
+        within(5, lambda: AdaptiveVLM.from_pretrained(saved))
+        assert name in ("model/chat_template.jinja", "model/tokenizer_config.json")
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+def test_what_is_no_file_of_an_experiment_is_not_waited_for(witness, tmp_path, monkeypatch, special):
+    monkeypatch.chdir(tmp_path)
+    cell = Cell(Arm("full"), 0, Path("cell"))
+    for file in (cell.folder / "records.json", cell.folder / "outcomes.npz"):
+        put_in_place_of(file, special)
+    assert not cell.done
+    for read in (cell.records, cell.outcomes):
+        with refused(witness, "is no regular file"):
+            within(5, read)
+    for file, read in ((cell.folder / "failure.txt", cell.failure), (cell.run / "command.txt", cell.command)):
+        put_in_place_of(file, special)
+        assert within(5, read) is None
 
 
 @pytest.mark.parametrize("entries", [{"width": 10**9}, {"pools": 10**12}, {"text_tokens": 10**30}, {"width": "48"}])
@@ -418,10 +599,81 @@ def test_pictures_that_other_programs_would_draw_are_not_decoded(witness, tmp_pa
         read_image(tmp_path / "a.png", "image a.png")
 
 
-def test_outcomes_that_claim_any_size_are_refused(witness, tmp_path):
-    cell = Cell(Arm("full"), 0, tmp_path)
-    np.savez(tmp_path / "outcomes.npz", x=np.zeros(3))
-    content = (tmp_path / "outcomes.npz").read_bytes()
-    (tmp_path / "outcomes.npz").write_bytes(content.replace(b"(3,), }       ", b"(3333333333,),}"[:14]))
-    with refused(witness, "outcomes.npz' cannot be read"):
+def packed(*members, **how):
+    """An ``npz`` file of some members."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", **how) as opened:
+        for name, own in members:
+            opened.writestr(name, own)
+    return content.getvalue()
+
+
+def column(shape="(3,)", dtype="<f4", values=bytes(12)):
+    """A file of NumPy's with a header of one's own."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + values
+
+
+NAME = "accuracy@0.5.npy"
+DEFLATED = {"compression": zipfile.ZIP_DEFLATED}
+OUTCOMES = {
+    "a bomb": (packed((NAME, column("(67108864,)", values=bytes(2**28))), **DEFLATED), "unpacks to more than 64 MB"),
+    "many bombs": (packed(*((f"{n}.npy", bytes(2**25)) for n in range(3)), **DEFLATED), "unpacks to more than 64 MB"),
+    "a bomb of another kind": (packed((NAME, bytes(2**25)), compression=zipfile.ZIP_LZMA), "is not NumPy's"),
+    "more rows than there are": (packed((NAME, column("(1099511627776,)"))), "not a column of numbers"),
+    "fewer rows": (packed((NAME, column("(2,)"))), "not a column of numbers"),
+    "rows below zero": (packed((NAME, column("(-3,)"))), "not a column of numbers"),
+    "two axes": (packed((NAME, column("(3, 1)"))), "not a column of numbers"),
+    "no axis": (packed((NAME, column("()", values=bytes(4)))), "not a column of numbers"),
+    "integers": (packed((NAME, column(dtype="<i4"))), "not a column of numbers"),
+    "texts": (packed((NAME, column(dtype="<U1"))), "not a column of numbers"),
+    "objects": (packed((NAME, column(dtype="|O", values=bytes(24)))), "not a column of numbers"),
+    "rows of text": (packed((NAME, column("('a',)"))), "cannot be read"),
+    "a header that is code": (packed((NAME, column("__import__('os').getcwd()"))), "cannot be read"),
+    "a header without end": (packed((NAME, b"\x93NUMPY\x02\x00" + b"\xff" * 4)), "cannot be read"),
+    "another version": (packed((NAME, b"\x93NUMPY\x09\x00" + bytes(64))), "cannot be read"),
+    "no array": (packed((NAME, b"text")), "cannot be read"),
+    "no values": (packed((NAME, column(values=b""))), "not a column of numbers"),
+    "values spoilt": (packed((NAME, column())).replace(column(), column(values=b"x" * 12)), "Bad CRC-32"),
+    "another column": (packed(("kept@0.5.npy", column())), "accuracy at 0.5 is not 3 finite numbers"),
+    "not finite": (packed((NAME, column(values=b"\xff" * 12))), "accuracy at 0.5 is not 3 finite numbers"),
+    "other rows": (packed((NAME, column("(2,)", values=bytes(8)))), "accuracy at 0.5 is not 3 finite numbers"),
+    "no zip": (b"PK\x03\x04", "cannot be read"),
+    "nothing": (b"", "cannot be read"),
+}
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """One that is done, with a record of three queries."""
+    made = Cell(Arm("full"), 0, tmp_path / "cell")
+    made.folder.mkdir()
+    record = {**dict.fromkeys(MEASURED, 0.5), "n": 3, "budgeted": True}
+    (made.folder / "records.json").write_text(json.dumps([record]))
+    return made
+
+
+def test_outcomes_that_are_whole_are_read(cell):
+    (cell.folder / "outcomes.npz").write_bytes(packed((NAME, column()), ("llm_flops_ratio@0.5.npy", column())))
+    assert {name: own.tolist() for name, own in cell.outcomes().items()} == dict.fromkeys(
+        ("accuracy@0.5", "llm_flops_ratio@0.5"), [0.0] * 3
+    )
+    np.savez_compressed(cell.folder / "outcomes.npz", **{f"{name}@0.5": np.ones(3) for name in KEPT_COLUMNS})
+    assert all(own.tolist() == [1.0] * 3 for own in cell.outcomes().values())
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_outcomes_are_held_against_what_they_claim(witness, cell, name):
+    content, words = OUTCOMES[name]
+    (cell.folder / "outcomes.npz").write_bytes(content)
+    with refused(witness, "outcomes.npz' cannot be read", megabytes=256) as caught:
+        cell.outcomes()
+    assert words in str(caught.value)
+
+
+def test_a_file_that_is_too_large_is_not_read(witness, cell):
+    (cell.folder / "outcomes.npz").touch()
+    os.truncate(cell.folder / "outcomes.npz", 2**40)
+    with refused(witness, "has more than 64 MB"):
         cell.outcomes()

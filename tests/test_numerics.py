@@ -230,15 +230,24 @@ def test_every_training_can_be_deterministic(monkeypatch, place, tmp_path, scrip
     options = "--total-queries 8 --batch-size 8 --budgets 0.6 1 --test-budgets 0.6".split()  # noqa: SIM905
     own = [*options, "--backbone", place / "vlm"] if script is train_gumbel else BACKBONE_OPTIONS.split()
     seen = []
-    create = script.RunFolder.create
+    log = script.RunFolder.log
 
-    def looking(*arguments):
+    def looking(*arguments, **metrics):
         seen.append(torch.are_deterministic_algorithms_enabled())
-        return create(*arguments)
+        return log(*arguments, **metrics)
 
-    monkeypatch.setattr(script.RunFolder, "create", looking)
+    monkeypatch.setattr(script.RunFolder, "log", looking)
     command(monkeypatch, script.main, *own, "--data", place / "data", "--out", tmp_path / "run", "--deterministic")
-    assert seen == [True]
+    assert set(seen) == {True}
+
+
+@pytest.mark.parametrize(("script", "where"), [(train_rl, "build"), (train_gumbel, "run"), (train_backbone, "run")])
+def test_a_deterministic_training_that_is_refused_leaves_no_folder(monkeypatch, place, tmp_path, script, where):
+    """For one that uses another operation before its first checkpoint, the mended command finds the place free."""
+    monkeypatch.setattr(script, where, lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, script.main, "--data", place / "data", "--out", tmp_path / "run", "--deterministic")
+    assert caught.value.code == 2 and not any(tmp_path.iterdir())
 
 
 def test_a_refused_operation_says_what_to_do(monkeypatch):

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from backbones import InputError
 from backbones.backbone import Backbone
 from backbones.encoding import Query
+from eval import cli
 from eval.demo.command import PAGE, Demo, Served
 from eval.demo.comparison import Comparison
 from eval.experiment.claims import Answer
@@ -40,6 +42,18 @@ def test_the_report_escapes_all_that_is_put_into_it(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") == 20
     assert 'alt="&#34;&lt;script' in page, "a caption could leave its attribute"
+
+
+def test_a_terminal_acts_on_nothing_that_a_command_says(capsys):
+    """Of names and errors of somebody's: colours, bells, titles, ends of lines, text from right to left."""
+
+    def main():
+        raise InputError("policy '\x1b]0;title\x07\x1b[2J\r\n\u202eevil\x9b31m\ud800' with ä and 日本 is unknown")
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    shown = r"\x1b]0;title\x07\x1b[2J \u202eevil\x9b31m\ud800"
+    assert capsys.readouterr().err == f"error: policy '{shown}' with ä and 日本 is unknown\n"
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from eval.stopping import Stopped, StopSignals, run_process
 from tests.conftest import command
 from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_rl import OPTIONS
-from tests.waiting import prepared, waiting
+from tests.waiting import doing, dying, prepared, waiting
 
 BOTH = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -178,6 +178,22 @@ def test_a_process_that_is_waited_for_hears_the_signal_and_ends(tmp_path):
     assert done.returncode == 1 and done.stderr == b"words\n"
 
 
+def test_a_process_that_is_just_started_hears_the_signal_too(monkeypatch):
+    """One that comes before anybody could pass it on; it would be waited for to its end."""
+    start, started = subprocess.Popen, []
+
+    def signalled_start(*arguments, **named):
+        started.append(start(*arguments, **named))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr("eval.stopping.subprocess.Popen", signalled_start)
+    began = time.monotonic()
+    with pytest.raises(Stopped), StopSignals():
+        run_process([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert time.monotonic() - began < 30 and started[0].poll() == -signal.SIGTERM
+
+
 def test_an_experiment_passes_the_signal_on(monkeypatch, place, tmp_path, capsys):
     """The training that was going on has saved a checkpoint that was not due; what was done before is kept, and nothing
     is marked as failed."""
@@ -204,3 +220,20 @@ def test_jobs_side_by_side_end_together(tmp_path):
         list(jobs.side_by_side(cells, 2, prepared, waiting))
     thread.join()
     assert {path.name for path in tmp_path.iterdir()} == {"begun-0", "begun-1"}
+
+
+def test_a_job_that_is_killed_is_told_in_one_line(tmp_path, capsys):
+    """What is done is kept, and the same call goes on."""
+    cells = [Cell(Arm("full", "full"), seed, tmp_path) for seed in range(3)]
+    done = []
+
+    def main():
+        done.extend(jobs.side_by_side(cells, 2, prepared, dying))
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    line = stopped_line(capsys)
+    assert caught.value.code == 2 and line.startswith("error: a process of --jobs 2 was killed, for want of memory,")
+    assert line.endswith("go on with the same command, perhaps with fewer --jobs")
+    assert done == cells[:1] and (tmp_path / "done-0").exists()
+    assert {cell.seed for cell in jobs.side_by_side(cells[1:], 2, prepared, doing)} == {1, 2}

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from backbones import Backbone, EncodingBank
 from backbones.atomic import write_atomically, write_json
-from backbones.errors import InputError, first_line
-from backbones.plain_files import read_records
+from backbones.errors import InputError, first_line, printable
+from backbones.plain_files import check_inside, is_number, read_columns, read_records
 from eval.evaluate import Record, outcomes_met
 from eval.experiment.arms import Arm
 from eval.policies import load_planner
-from eval.runs import RunFolder
+from eval.runs import COMMAND, RunFolder
 from eval.stopping import run_process
 from eval.timing import add_timing, first_queries
 
 RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"
 KEPT_COLUMNS = ("accuracy", "llm_flops_ratio")
 """What is kept of every single query."""
+
+MEASURED = (
+    *("budget", "n", "accuracy", "accuracy_stderr", "llm_flops_ratio", "total_flops_ratio", "budget_violations"),
+    *("kept_tokens", "kept_heads", "kept_layers"),
+)
+"""Numbers of every record but a gap's."""
+
+LONGEST_TEXT = 10_000
+"""Characters; beyond any reason or command."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,16 @@ class Cell:
         """What was measured, a record a budget; a budget that it cannot meet has a ``gap`` that says why.
 
         Raises:
-            InputError: an unreadable file.
+            InputError: an unreadable file, or a record that lacks what tables are made of.
         """
-        return read_records(self.folder / RECORDS)
+        file = self.folder / RECORDS
+        records = read_records(file)
+        odd = [f", record {number}: {why}" for number, record in enumerate(records, 1) if (why := _lacks(record))]
+        if len(records) > 1 and not all(record.get("budgeted", True) for record in records):
+            odd.append(f": a policy without budgets has one record, not {len(records)}")
+        if odd:
+            raise InputError(f"{str(file)!r}{odd[0]}; remove the file to measure that cell again")
+        return records
 
     def outcomes(self) -> dict[str, np.ndarray]:
         """``accuracy@BUDGET`` and ``llm_flops_ratio@BUDGET``, each (queries,).
@@ -70,18 +86,58 @@ class Cell:
             InputError: an unreadable file.
         """
         try:
-            with np.load(self.folder / OUTCOMES, allow_pickle=False) as file:
-                return dict(file)
-        except (OSError, ValueError, MemoryError, EOFError, BadZipFile) as error:
+            check_inside(self.folder / OUTCOMES, self.folder)
+            columns = read_columns(self.folder / OUTCOMES)
+            for record in self.records():
+                for name in KEPT_COLUMNS if "gap" not in record else ():
+                    column = columns.get(f"{name}@{record['budget']:g}", np.empty(0))
+                    if len(column) != record["n"] or not np.isfinite(column).all():
+                        raise ValueError(f"{name} at {record['budget']:g} is not {record['n']} finite numbers")
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"{str(self.folder / OUTCOMES)!r} cannot be read ({first_line(error)}); remove "
                 f"{str(self.folder / RECORDS)!r} to measure that cell again"
             ) from error
+        return columns
 
     def failure(self) -> str | None:
         """Why it could not be measured, if it could not."""
-        file = self.folder / FAILURE
-        return file.read_text().strip() if file.is_file() else None
+        why = self._said(self.folder / FAILURE)
+        return why and printable(why)
+
+    def command(self) -> str | None:
+        """The command of its training, if it had one."""
+        return self._said(self.run / COMMAND)
+
+    def _said(self, file: Path) -> str | None:
+        """The beginning of a text file, if there is one.
+
+        Raises:
+            InputError: a link out of the cell's folder.
+        """
+        check_inside(file, self.folder)
+        if not file.is_file():
+            return None
+        with file.open(errors="replace") as opened:
+            return opened.read(LONGEST_TEXT).strip()
+
+
+def _lacks(record: Record) -> str | None:
+    """What a record of a cell has not, or has otherwise than it should."""
+    if "gap" in record:
+        needed: Sequence[str] = ("budget",)
+    else:
+        needed = MEASURED
+    for name in needed:
+        if not is_number(record.get(name)) or not math.isfinite(record[name]):
+            return f"{name} is {record.get(name)!r:.40}, not a finite number"
+    if not isinstance(record.get("gap", ""), str):
+        return f"gap is {record['gap']!r:.40}, not a text"
+    if "gap" not in record and not isinstance(record.get("budgeted"), bool):
+        return f"budgeted is {record.get('budgeted')!r:.40}, not true or false"
+    return None
 
 
 def lay_out(folder: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Cell]:

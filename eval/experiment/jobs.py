@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from backbones.errors import InputError
 from eval.experiment.cells import Cell
 from eval.stopping import Stopped, StopSignals
 
@@ -29,6 +30,9 @@ def side_by_side(cells: Sequence[Cell], jobs: int, prepare: Prepare, work: Work)
         jobs: processes.
         prepare: called once in each process.
         work: called there with what ``prepare`` returned, and a cell.
+
+    Raises:
+        InputError: a process that was killed; the others are told to stop, and save.
     """
     arms = [cell.arm for cell in cells]
     waves = [[cell for cell in cells if bool(cell.arm.needs(arms)) == waits] for waits in (False, True)]
@@ -43,9 +47,12 @@ def side_by_side(cells: Sequence[Cell], jobs: int, prepare: Prepare, work: Work)
             for done in as_completed(running):
                 try:
                     done.result()
-                except BrokenProcessPool:  # processes that had not begun to listen
-                    signals.obey()
-                    raise
+                except BrokenProcessPool as error:
+                    signals.obey()  # by one, before the process had begun to listen
+                    raise InputError(
+                        f"a process of --jobs {jobs} was killed, for want of memory, perhaps; what is done is kept: go "
+                        "on with the same command, perhaps with fewer --jobs"
+                    ) from error
                 yield running[done]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -188,12 +188,5 @@ class Report:
         return rows
 
     def _commands(self) -> list[str]:
-        commands: Mapping[str, None] = dict.fromkeys(
-            [command_line()]
-            + [
-                (cell.run / "command.txt").read_text().strip()
-                for cell in self.cells
-                if (cell.run / "command.txt").is_file()
-            ]
-        )
-        return list(commands)
+        trained = [command for cell in self.cells if (command := cell.command())]
+        return list(dict.fromkeys([command_line(), *trained]))
