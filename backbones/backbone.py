@@ -1,34 +1,30 @@
 """A VLM that answers under a plan, whatever its family.
 
-Shape legend: B rows, N visual tokens, n of one image, T text tokens, P packed tokens, D hidden width, R rotary position
-components, V vocabulary, t new tokens.
+Shape legend: B rows, N visual tokens, L layers, P packed tokens, D hidden width, R rotary position components, V
+vocabulary, t new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from threading import RLock
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from backbones.arrange import arrange
 from backbones.cost import Cost
 from backbones.decoder import MaskedDecoder
-from backbones.encoding import EncodedImage, Encoding, Query
-from backbones.errors import InputError, check_count
+from backbones.encoding import Encoding
+from backbones.errors import InputError, check_count, query_named
 from backbones.family import Family
 from backbones.kv_cache import KVCache
 from backbones.masks import MaskLayout, Masks
 from backbones.packed import Packed, pack
 from backbones.plan_cost import making_flops
-from backbones.saliency import SIGNALS, stack
+from backbones.query_encoder import QueryEncoder
 from backbones.stages import token_counts
 
 
@@ -49,10 +45,10 @@ class Answers:
     masks: Masks
 
 
-class Backbone:
+class Backbone(QueryEncoder):
     """A Hugging Face VLM, used in place and not changed, that answers under a plan.
 
-    Several threads may use it at once; processor and vision tower then serve them one by one.
+    It encodes queries as every ``QueryEncoder`` does; here are plans, answers and what they cost.
 
     Args:
         family: the model and what is particular to its kind.
@@ -77,25 +73,19 @@ class Backbone:
         max_visual_tokens: int | None = None,
         attention: str = "auto",
     ):
-        self.family, self.name = family, name
-        self.model, self.processor = family.model, family.processor
         if max_visual_tokens is not None:
             family.limit_visual_tokens(max_visual_tokens)
-        text = self.model.config.text_config
+        text = family.model.config.text_config
         slots = text.num_key_value_heads if heads is None else heads
         for option, count in (("heads", slots), ("expected_answer_tokens", expected_answer_tokens)):
             check_count(option, count)
-        self.decoder = MaskedDecoder(family.decoder, self.model.lm_head, slots, width, attention)
-        self.layout = MaskLayout(
+        self.decoder = MaskedDecoder(family.decoder, family.model.lm_head, slots, width, attention)
+        layout = MaskLayout(
             family.most_visual_tokens, text.num_hidden_layers, self.decoder.slots, tuple(protected_layers)
         )
-        self.hidden = text.hidden_size
-        self.signals: set[str] = set()
+        super().__init__(family, layout)
+        self.name, self.hidden = name, text.hidden_size
         self.expected_answer_tokens, self.max_visual_tokens = expected_answer_tokens, max_visual_tokens
-        self._one_by_one = RLock()  # tokenizers change as they pad, and what the tower says is heard through hooks
-        self.prompt_ids = lru_cache(maxsize=65536)(self._tokenize_prompt)
-        self._answer_ids = lru_cache(maxsize=65536)(self._tokenize_answer)
-        self._decode_ids = lru_cache(maxsize=65536)(self._detokenize)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -111,232 +101,6 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def max_positions(self) -> int:
-        return self.model.config.text_config.max_position_embeddings
-
-    # Encoding
-
-    def encode(self, queries: Sequence[Query]) -> Encoding:
-        """Encode queries without a bank.
-
-        Raises:
-            InputError: no queries, or one that fails: without an image or with several, an image that the model cannot
-                take, a question that is no text, holds the image token or is longer than the model's context; the
-                message names the query.
-        """
-        if not queries:
-            raise InputError("there are no queries to encode; give one or more")
-        ids = [query.id for query in queries]
-        return self.assemble(
-            self.encode_images([query.the_image() for query in queries], ids),
-            [query.question for query in queries],
-            ids,
-            [query.answers for query in queries],
-        )
-
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image], ids: Sequence[str] | None = None) -> list[EncodedImage]:
-        """Vision tower and projector, each image once.
-
-        Args:
-            images: RGB images.
-            ids: the queries' ids, for messages.
-
-        Raises:
-            InputError: an image that the processor refuses, or whose visual tokens do not fit the layout.
-        """
-        with self._one_by_one:
-            return self._encode_images(images, ids)
-
-    def _encode_images(self, images: Sequence[Image.Image], ids: Sequence[str] | None) -> list[EncodedImage]:
-        try:
-            batch = self.family.process(images, [self.prompt("")] * len(images))
-        except ValueError as error:  # an extreme aspect ratio, say
-            if len(images) == 1:
-                raise InputError(
-                    f"the processor refuses the image of {_called(ids, 0)} ({error}); replace or remove it"
-                ) from error
-            parts = [self._encode_images([image], ids and [ids[row]]) for row, image in enumerate(images)]
-            return [image for part in parts for image in part]
-        visual, saliency = self.family.observe(batch, sorted(self.signals))
-        encoded = self.read_batch(batch, visual, ids)
-        return [replace(image, saliency=own) for image, own in zip(encoded, saliency, strict=True)]
-
-    def listen(self, signals: Collection[str]) -> None:
-        """Ask the vision tower, from now on, for what planners read of it.
-
-        Args:
-            signals: of ``backbones.saliency.SIGNALS``.
-
-        Raises:
-            InputError: something that this family's tower does not have.
-        """
-        missing = sorted(set(signals) - set(self.family.signals))
-        if missing:
-            raise InputError(
-                f"the vision tower of {self.model.config.model_type!r} has no {missing[0]!r} ({SIGNALS[missing[0]]}); "
-                f"it has {', '.join(self.family.signals) or 'no such signal'}"
-            )
-        self.signals |= set(signals)
-
-    def read_batch(
-        self, batch: Any, features: Sequence[Tensor], ids: Sequence[str] | None = None
-    ) -> list[EncodedImage]:
-        """Encoded images from the processor's batch and their visual tokens (n, D)."""
-        before, after = self.prompt_ids("")
-        encoded = []
-        for row, visual_nD in enumerate(features):
-            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-            span = prompt[len(before) : len(prompt) - len(after)]
-            is_image = span == self.model.config.image_token_id
-            if int(is_image.sum()) != len(visual_nD) or len(visual_nD) > self.layout.tokens:
-                raise InputError(
-                    f"the image of {_called(ids, row)} has {len(visual_nD)} visual tokens, its prompt "
-                    f"{int(is_image.sum())} places for them, the layout {self.layout.tokens}; set max_visual_tokens, "
-                    "or check that processor and model match"
-                )
-            text_offsets = (~is_image).nonzero()[:, 0]
-            vision_flops, projector_flops = self.family.vision_flops(batch, row)
-            encoded.append(
-                EncodedImage(
-                    visual_nD,
-                    len(span),
-                    is_image.nonzero()[:, 0],
-                    tuple(span[text_offsets].tolist()),
-                    tuple(text_offsets.tolist()),
-                    self.family.grid(batch, row),
-                    vision_flops,
-                    projector_flops,
-                )
-            )
-        return encoded
-
-    def assemble(
-        self,
-        images: Sequence[EncodedImage],
-        questions: Sequence[str],
-        ids: list[str] | None = None,
-        answers: list[tuple[str, ...]] | None = None,
-        continuations: Sequence[list[int]] | None = None,
-    ) -> Encoding:
-        """Put encoded images and questions together into prompts.
-
-        Args:
-            images: the image of each question.
-            questions: B questions.
-            ids: the queries' ids.
-            answers: the queries' accepted answers.
-            continuations: ids that follow each prompt, for teacher forcing.
-
-        Raises:
-            InputError: a question that holds the image token, or a prompt longer than the model's context; the message
-                names the query.
-        """
-        prompts = self._prompts(questions, ids)
-        more = continuations if continuations is not None else [[]] * len(prompts)
-        starts = [len(before) for before, _ in prompts]
-        rows = [
-            _lay_out_text(before, image, after + new)
-            for (before, after), image, new in zip(prompts, images, more, strict=True)
-        ]
-        longest = max(len(text_ids) for text_ids, _ in rows)
-        lengths = [len(text_ids) + len(image.visual_nD) for (text_ids, _), image in zip(rows, images, strict=True)]
-        if max(lengths) >= self.max_positions:
-            raise InputError(
-                f"the prompt of {_called(ids, lengths.index(max(lengths)))} has {max(lengths)} tokens with its image; "
-                f"the model's context has {self.max_positions} positions: shorten the question"
-            )
-        device = images[0].visual_nD.device
-        counts_B = torch.tensor([len(image.visual_nD) for image in images])
-        text_counts_B = torch.tensor([len(text_ids) for text_ids, _ in rows])
-        ids_BT, places_BT = (
-            torch.tensor([values + [0] * (longest - len(values)) for values in column])
-            for column in zip(*rows, strict=True)
-        )
-        offsets_BN = pad_sequence([image.visual_offsets for image in images], batch_first=True)
-        visual_places_BN = self._to_layout(torch.tensor(starts)[:, None] + offsets_BN).to(device)
-        places_BT = places_BT.to(device)
-        rope_BSR = self._rope_positions(images, starts, lengths).to(device)
-        return Encoding(
-            visual_BND=self._to_layout(pad_sequence([image.visual_nD for image in images], batch_first=True)),
-            visual_valid_BN=(torch.arange(self.layout.tokens) < counts_B[:, None]).to(device),
-            visual_places_BN=visual_places_BN,
-            visual_rope_BNR=_pick(rope_BSR, visual_places_BN),
-            text_BTD=self.decoder.model.embed_tokens(ids_BT.to(device)),
-            text_valid_BT=(torch.arange(longest) < text_counts_B[:, None]).to(device),
-            text_places_BT=places_BT,
-            text_rope_BTR=_pick(rope_BSR, places_BT),
-            next_rope_B=rope_BSR.amax((1, 2)) + 1,
-            vision_flops_B=torch.tensor([image.vision_flops for image in images], device=device),
-            projector_flops_B=torch.tensor([image.projector_flops for image in images], device=device),
-            ids=ids or [],
-            answers=answers or [],
-            saliency=stack([image.saliency for image in images], self.layout.tokens),
-        )
-
-    def _to_layout(self, values_Bn: Tensor) -> Tensor:
-        """Pad the second axis to the layout's N."""
-        missing = self.layout.tokens - values_Bn.shape[1]
-        return F.pad(values_Bn, (0, 0) * (values_Bn.dim() - 2) + (0, missing)) if missing else values_Bn
-
-    def _rope_positions(self, images: Sequence[EncodedImage], starts: list[int], lengths: list[int]) -> Tensor:
-        """Rotary position of every place of the unpruned sequences, (B, S, R), 0 where padded."""
-        if not self.family.rope_needs_grid:
-            places_S = torch.arange(max(lengths))
-            return (places_S * (places_S < torch.tensor(lengths)[:, None]))[..., None]
-        rows = []
-        for image, start, length in zip(images, starts, lengths, strict=True):
-            is_image_S = torch.zeros(length, dtype=torch.bool)
-            is_image_S[start + image.visual_offsets] = True
-            rows.append(self.family.rope(is_image_S, image.grid))
-        return pad_sequence(rows, batch_first=True)
-
-    def prompt(self, question: str) -> str:
-        """The chat template filled with one image and the question."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-
-    def _prompts(self, questions: Sequence[str], ids: Sequence[str] | None) -> list[tuple[list[int], list[int]]]:
-        """Each prompt's ids before and after the image placeholder."""
-        prompts = []
-        for row, question in enumerate(questions):
-            if not isinstance(question, str):
-                raise InputError(
-                    f"the question of {_called(ids, row)} is of type {type(question).__name__}; give a text"
-                )
-            try:
-                prompts.append(self.prompt_ids(question))
-            except InputError as error:
-                raise InputError(f"{_called(ids, row)}: {error}") from error
-        return prompts
-
-    def _tokenize_prompt(self, question: str) -> tuple[list[int], list[int]]:
-        with self._one_by_one:
-            ids = self.processor.tokenizer(self.prompt(question))["input_ids"]
-        image = self.model.config.image_token_id
-        if ids.count(image) != 1:
-            raise InputError(
-                f"the prompt has {ids.count(image)} image placeholders; it must have one: "
-                "remove the image token from the question"
-            )
-        place = ids.index(image)
-        return ids[:place], ids[place + 1 :]
-
-    def answer_ids(self, answer: str) -> list[int]:
-        """Ids of an answer's text as it follows the prompt, without an end token."""
-        return list(self._answer_ids(answer))
-
-    def _tokenize_answer(self, answer: str) -> tuple[int, ...]:
-        with self._one_by_one:
-            return tuple(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-    def _detokenize(self, ids: tuple[int, ...]) -> str:
-        with self._one_by_one:
-            return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     # Execution
 
@@ -431,7 +195,7 @@ class Backbone:
         if reference_ids is not None:
             likelihood = self._score(logits_BV, reference_ids, encoding, kv)
         *_, tokens = self._generate(logits_BV, max_new_tokens, encoding, kv)
-        return Answers([self._decode_ids(tuple(ids)) for ids in tokens], tokens, likelihood, masks)
+        return Answers([self.answer_text(ids) for ids in tokens], tokens, likelihood, masks)
 
     @torch.no_grad()
     def stream(self, encoding: Encoding, masks: Masks, max_new_tokens: int = 1) -> Iterator[Answers]:
@@ -439,7 +203,7 @@ class Backbone:
         check_count("max_new_tokens", max_new_tokens)
         logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1)
         for tokens in self._generate(logits_BV, max_new_tokens, encoding, kv):
-            yield Answers([self._decode_ids(tuple(ids)) for ids in tokens], [list(ids) for ids in tokens], None, masks)
+            yield Answers([self.answer_text(ids) for ids in tokens], [list(ids) for ids in tokens], None, masks)
 
     def log_likelihood(self, encoding: Encoding, masks: Masks, answers: Sequence[str]) -> Tensor:
         """Log-probability of each row's answer text under its plan, (B,) float32 (summed over its tokens)."""
@@ -454,16 +218,16 @@ class Backbone:
         empty = next((row for row, own in enumerate(ids) if not own), None)
         if empty is not None:
             raise InputError(
-                f"the answer {references[empty]!r} of {_called(encoding.ids, empty)} has no tokens, so no likelihood; "
-                "give it a text, or leave the query out"
+                f"the answer {references[empty]!r} of {query_named(encoding.ids, empty)} has no tokens, so no "
+                "likelihood; give it a text, or leave the query out"
             )
         return ids
 
     def _score(self, logits_BV: Tensor, references: list[list[int]], encoding: Encoding, kv: KVCache | None) -> Tensor:
         """Teacher-forced log-probability of the references, read off a fork of the cache."""
-        ids_Bt = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids, dtype=torch.long) for ids in references], batch_first=True
-        ).to(logits_BV.device)
+        ids_Bt = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in references], batch_first=True).to(
+            logits_BV.device
+        )
         counts = torch.tensor([len(ids) for ids in references], device=logits_BV.device)
         if ids_Bt.shape[1] == 0:
             return logits_BV.new_zeros(len(references))
@@ -543,20 +307,3 @@ class Backbone:
     def full_llm_flops(self, encoding: Encoding) -> Tensor:
         """(B,) FLOPs of the full plan's prefill and decode: what a budget of 1 is a share of."""
         return self.cost(encoding, self.full(encoding)).llm
-
-
-def _called(ids: Sequence[str] | None, row: int) -> str:
-    return f"query {ids[row]!r}" if ids else f"the query at row {row}"
-
-
-def _lay_out_text(before: list[int], image: EncodedImage, after: list[int]) -> tuple[list[int], list[int]]:
-    """Ids of a prompt's text and their places in the unpruned sequence."""
-    start = len(before)
-    end = start + image.span
-    inner = [start + offset for offset in image.text_offsets]
-    return [*before, *image.text_ids, *after], [*range(start), *inner, *range(end, end + len(after))]
-
-
-def _pick(rope_BSR: Tensor, places_BX: Tensor) -> Tensor:
-    """Rotary positions (B, X, R) of some places of each row."""
-    return rope_BSR.gather(1, places_BX[..., None].expand(-1, -1, rope_BSR.shape[2]))

@@ -22,7 +22,8 @@ from backbones.errors import InputError
 from backbones.saliency import Saliency
 
 LOOKED_UP = 65536
-"""Queries whose texts and image keys a bank remembers, the last that were asked for."""
+"""Queries whose texts and image keys a bank remembers, and questions and answers whose ids a backbone does: the last
+that were asked for."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ def was_interrupted(error: BaseException) -> bool:
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler  # commands hear it in another way
 
 
+def query_named(ids: Sequence[str] | None, row: int) -> str:
+    """A query of a batch, for a message: by its id, where the batch has ids."""
+    return f"query {ids[row]!r}" if ids else f"the query at row {row}"
+
+
 def queries_named(ids: Sequence[str]) -> str:
     """The first of some query ids, for a message."""
     shown = ", ".join(ids[:3])

@@ -1,7 +1,8 @@
 """What differs between model families, and the list of those supported.
 
 A family says where the decoder is, how many visual tokens an image can have, what its vision side costs, and how its
-rotary positions run. Everything else is the same for all and lives in ``backbones.backbone``.
+rotary positions run. Everything else is the same for all and lives in ``backbones.query_encoder`` and
+``backbones.backbone``.
 
 Shape legend: S tokens of a sequence, R rotary position components.
 """

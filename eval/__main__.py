@@ -39,8 +39,9 @@ class Run(cli.Placement):
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders; baselines, with options as in fastv:k=2,r=0.5 (docs/baselines.md lists them); planners of your own
-    as package.module:planner; any of them with @merge, @renumbered, @restored, or @0.25 (of the visual tokens)."""
+    """Run folders, or what AdaptiveVLM.save_pretrained wrote; baselines, with options as in fastv:k=2,r=0.5
+    (docs/baselines.md lists them); planners of your own as package.module:planner; any of them with @merge,
+    @renumbered, @restored, or @0.25 (of the visual tokens)."""
     data: str = "easy-vqa"
     """Queries: a name, also of a benchmark (vqav2:root=FOLDER; see docs/benchmarks.md), or a path with the columns
     image, question, answers."""
@@ -80,7 +81,7 @@ class Run(cli.Placement):
 
     def run(self) -> None:
         self._check()
-        backbone = self.load(backbone_of(list(self.policies), self.backbone))
+        backbone = self.load(*backbone_of(list(self.policies), self.backbone))
         model = load_latency_model(self.latency_model, backbone) if self.latency_model is not None else None
         policies = [with_layout(policy, self.merge, self.positions) for policy in self.policies]
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
@@ -117,7 +118,7 @@ class Run(cli.Placement):
         if self.timing < 0:
             raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
         if self.milliseconds and self.latency_model is None:
-            command = how_to_calibrate(backbone_of(list(self.policies), self.backbone))
+            command = how_to_calibrate(backbone_of(list(self.policies), self.backbone)[0])
             raise cli.InputError(f"--milliseconds needs --latency-model FILE; make one with: {command}")
         if self.latency_model is not None and not self.milliseconds:
             raise cli.InputError("--latency-model serves --milliseconds; give limits too, e.g. --milliseconds 2.5")
@@ -159,7 +160,7 @@ class Latency(cli.Placement):
 
     def run(self) -> None:
         self._check()
-        backbone = self.load(backbone_of(list(self.policies), self.backbone))
+        backbone = self.load(*backbone_of(list(self.policies), self.backbone))
         planners = [load_planner(policy, backbone, self.seed) for policy in self.policies]
         queries = first_queries(EncodingBank(backbone, load_queries(self.data, self.split)), self.queries)
         batches = [queries[start : start + self.batch_size] for start in range(0, len(queries), self.batch_size)]

@@ -66,7 +66,7 @@ class Audit(cli.Placement):
         cli.check_output("--json", self.json)
         if self.plans < 0:
             raise cli.InputError(f"--plans is {self.plans}; give a number of plans, or 0")
-        backbone = self.load(backbone_of([self.policy], self.backbone))
+        backbone = self.load(*backbone_of([self.policy], self.backbone))
         queries = load_queries(self.data, self.split)
         queries = queries.spread(self.limit)
         planner = load_planner(self.policy, backbone, self.seed)

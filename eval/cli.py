@@ -18,11 +18,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from backbones import Backbone, atomic, load_backbone
+from backbones import Backbone, atomic
 from backbones.errors import InputError as InputError
 from backbones.errors import printable
 from backbones.plain_files import read_config
 from eval.runs import RunFolder, check_place
+from eval.saved import load_with_options
 from eval.stopping import Stopped, StopSignals
 
 ConfigT = TypeVar("ConfigT")
@@ -47,9 +48,9 @@ class Placement:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the VLM's weights; the controller stays in float32."""
 
-    def load(self, backbone: str) -> Backbone:
-        """The backbone, there and so."""
-        return load_backbone(backbone, getattr(torch, self.dtype), self.device)
+    def load(self, backbone: str, options: dict[str, Any] | None = None) -> Backbone:
+        """The backbone, there and so; with options, if a folder has them."""
+        return load_with_options(backbone, options or {}, getattr(torch, self.dtype), self.device)
 
 
 def run(main: Callable[[], None], go_on: str = "begin anew") -> None:

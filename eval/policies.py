@@ -1,4 +1,4 @@
-"""POLICY on the command line: a run folder, a baseline with options, a planner of one's own, and variants of these.
+"""POLICY on the command line: a run or saved folder, a baseline with options, a planner of one's own, and variants.
 
 fastv:k=2,r=0.5              a baseline with options
 divprune@0.25                a quarter of the visual tokens, whatever the budget
@@ -12,12 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
 from backbones.latency_model import LatencyModel
 from backbones.naming import import_dotted, parse_options
 from eval.runs import RunFolder
+from eval.saved import described_backbone, followed, is_saved, load_saved_controller
 from policies.baselines import BASELINES, Planner
 from policies.chain import THEN, ChainPlanner
 from policies.keep import KeepPlanner
@@ -29,20 +32,31 @@ GIVEN = ("backbone", "seed")
 """What every planner is made with, and is no option."""
 
 
-def backbone_of(policies: Sequence[str], backbone: str | None) -> str:
-    """The backbone to evaluate on: the one asked for, else that of the run folders, else ``tiny``.
+def backbone_of(policies: Sequence[str], backbone: str | None) -> tuple[str, dict[str, Any]]:
+    """The backbone to evaluate on: the one asked for, else that of the folders, else ``tiny``; and its options, those
+    that a saved folder has.
 
     Raises:
-        InputError: runs of different backbones.
+        InputError: folders for different backbones, or saved with different options.
     """
-    if backbone is not None:
-        return backbone
     parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
-    runs = [RunFolder(part) for part in parts if part not in BASELINES and os.path.exists(part)]
-    names = sorted({run.backbone() for run in runs})
+    folders = [Path(part) for part in parts if part not in BASELINES and os.path.exists(part)]
+    options = {str(folder): described_backbone(folder)[1] for folder in folders if is_saved(folder)}
+    first, own = next(iter(options.items()), ("", {}))
+    other = next((folder for folder, theirs in options.items() if theirs != own), None)
+    if other is not None:
+        raise InputError(
+            f"{first!r} and {other!r} were saved with different options of the backbone; evaluate them one by one"
+        )
+    if backbone is not None:
+        return backbone, own
+    names = sorted({followed(folder, described_backbone(folder)[0]) for folder in folders})
     if len(names) > 1:
-        raise InputError(f"the runs are for different backbones ({', '.join(names)}); evaluate them one by one")
-    return names[0] if names else "tiny"
+        raise InputError(
+            f"the controllers are for different backbones ({', '.join(names)}); evaluate them one by one, or, where "
+            "these are copies of one, name it by --backbone"
+        )
+    return names[0] if names else "tiny", own
 
 
 def split_variants(policy: str) -> tuple[str, list[str]]:
@@ -71,7 +85,8 @@ def load_planner(policy: str, backbone: Backbone, seed: int, keep: float | None 
     """A planner as the command line names it.
 
     Args:
-        policy: a run folder, a baseline, or a planner of one's own, with options and variants, as for ``eval run``.
+        policy: a run folder, what ``save_pretrained`` wrote, a baseline, or a planner of one's own, with options and
+            variants, as for ``eval run``.
         backbone: what it plans for.
         seed: of baselines that draw.
         keep: share of the visual tokens to keep in place of a budget.
@@ -98,11 +113,12 @@ def load_planner(policy: str, backbone: Backbone, seed: int, keep: float | None 
 
 
 def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
-    """A baseline, a planner of the user's own, or a run's controller."""
+    """A baseline, a planner of the user's own, or the controller of a run or saved folder."""
     name, _, options = base.partition(":")
-    folder = RunFolder(base)
-    if name not in BASELINES and folder.is_run():
-        return planner_of(load_controller(folder.path, backbone), backbone, folder.path.name)
+    folder = Path(base)
+    if name not in BASELINES and (is_saved(folder) or RunFolder(folder).is_run()):
+        load = load_saved_controller if is_saved(folder) else load_controller
+        return planner_of(load(folder, backbone), backbone, folder.name)
     if name in BASELINES:
         planner = BASELINES[name](backbone, seed, **parse_options(BASELINES[name], f"policy {name!r}", options, GIVEN))
         if options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from backbones.encoding import Query
 from backbones.errors import InputError, check_count, first_line
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
-from backbones.loading import how_to_fetch, load_backbone
-from backbones.lora import holds_adapters
-from backbones.plain_files import MALFORMED, read_json, read_records
+from backbones.loading import how_to_fetch
+from backbones.plain_files import read_records
 from eval.evaluate import Record, check_budgets
-from eval.runs import RunFolder, environment, make_folder
+from eval.runs import environment, make_folder
+from eval.saved import DESCRIPTION, MODEL, described_backbone, followed, load_with_options
 from eval.timing import how_to_calibrate, load_latency_model
 from maskgym.model_card import model_card
 from policies.adapters import save_model
@@ -30,9 +29,8 @@ from policies.learned import Controller, load_controller, planner_of, save_contr
 from policies.milliseconds import MillisecondPlanner
 from policies.replies import Planned, Reply, Stream
 
-DESCRIPTION, RECORDS, MODEL = "adaptive.json", "result.json", "model"
+RECORDS = "result.json"
 DEFAULT_BUDGET = 0.5
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 AnyImage = Image.Image | str | Path
 
@@ -89,12 +87,7 @@ class AdaptiveVLM:
         folder = _local(str(place))
         if not isinstance(backbone, Backbone):
             own, options = described_backbone(folder)
-            try:
-                backbone = load_backbone(backbone or _followed(folder, own), dtype, device, **options)
-            except TypeError as error:
-                raise InputError(
-                    f"{str(folder / DESCRIPTION)!r} has unusable options ({error}); save it again"
-                ) from error
+            backbone = load_with_options(backbone or followed(folder, own), options, dtype, device)
         latency = None if latency_model is None else load_latency_model(Path(latency_model), backbone)
         return cls(load_controller(folder, backbone), backbone, Path(place).name, latency, _records(folder))
 
@@ -321,49 +314,6 @@ def _local(place: str) -> Path:
             f"{place!r} is no folder here, and no controller could be fetched from the hub ({first_line(error)}); "
             f"{how_to_fetch(place)}; or give the path of a run folder"
         ) from error
-
-
-def described_backbone(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Name and options of the VLM that a folder's controller is for, as the folder has them.
-
-    Raises:
-        InputError: neither a run nor saved, or unreadable.
-    """
-    file = folder / DESCRIPTION
-    if os.path.isfile(file):
-        try:
-            described = read_json(file)
-            return str(described["backbone"]), dict(described["backbone_options"])
-        except MALFORMED as error:
-            raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
-    if RunFolder(folder).is_run():
-        return RunFolder(folder).backbone(), {}
-    raise InputError(
-        f"{str(folder)!r} is neither a run folder (no config.yaml) nor what save_pretrained wrote (no "
-        f"{DESCRIPTION}); give the path of one of these, or a hub id"
-    )
-
-
-def _followed(folder: Path, name: str) -> str:
-    """The VLM of that name, if a folder may choose it.
-
-    What ``save_pretrained`` wrote is made to be shared: it may name a VLM within itself or on the hub, but no place on
-    the machine of whoever loads it. A run's config has what its user typed, and is followed.
-
-    Raises:
-        InputError: another place, of a folder that is made to be shared.
-    """
-    if not (folder / DESCRIPTION).is_file():
-        return name
-    model = folder / MODEL
-    if name == MODEL and model.resolve().parent == folder.resolve() and not holds_adapters(model):
-        return str(model)
-    if name == "tiny" or HUB_ID.fullmatch(name):
-        return name
-    raise InputError(
-        f"{str(folder)!r} has its VLM in {name!r}, which is neither within it nor on the hub; if you trust that place, "
-        "name it yourself: backbone=..."
-    )
 
 
 def _records(folder: Path) -> list[Record]:

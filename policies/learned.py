@@ -76,13 +76,19 @@ def save_controller(controller: Controller, folder: Path, backbone: Backbone) ->
     write_json(folder / SIZES, described)
 
 
-def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False) -> Controller:
+def load_controller(
+    folder: Path,
+    backbone: Backbone,
+    any_weights: bool = False,
+    remedy: str = "name the backbone that it was trained on, or train one for this",
+) -> Controller:
     """Read a controller back.
 
     Args:
         folder: where it lies.
         backbone: what it shall plan for.
         any_weights: whether a backbone of the same sizes will do, as a start of further training.
+        remedy: what to do about another backbone, for messages.
 
     Raises:
         InputError: a missing or unreadable file, a link out of the folder, or a controller for another backbone: of
@@ -105,12 +111,12 @@ def load_controller(folder: Path, backbone: Backbone, any_weights: bool = False)
     if mine != theirs:
         raise InputError(
             f"the controller in {str(folder)!r} is for ({', '.join(sizes)}) = {mine}; "
-            f"backbone {backbone.name!r} has {theirs}"
+            f"backbone {backbone.name!r} has {theirs}; {remedy}"
         )
     if made_for is not None and not any_weights and made_for != (here := fingerprint(backbone.model)):
         raise InputError(
             f"the controller in {str(folder)!r} was trained for other weights (fingerprint {made_for}) than those of "
-            f"backbone {backbone.name!r} ({here}); name the backbone that it was trained on, or train one for this"
+            f"backbone {backbone.name!r} ({here}); {remedy}"
         )
     if shapes != _shapes(make, config):
         raise InputError(f"the weights in {str(folder / WEIGHTS)!r} do not fit {SIZES}; restore both, or train again")

@@ -28,7 +28,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save
 
-from backbones import InputError
+from backbones import Backbone, InputError
 from backbones.images import read_image
 from backbones.latency_model import LatencyModel
 from backbones.naming import parse_options
@@ -44,8 +44,8 @@ from eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
 from eval.experiment.command import read_head
 from eval.policies import load_planner
 from eval.runs import RunFolder
+from eval.saved import DESCRIPTION, described_backbone
 from eval.tune import read_grid
-from maskgym.adaptive import DESCRIPTION, described_backbone
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.recorded import ASKED, Recorded
 from policies.checkpoints import load_checkpoint
@@ -65,6 +65,9 @@ TOKENS = [
     *(b"\x00", b"\xff", b"\xed\xa0\x80", b"\xe2\x80\xae", b"\\ud800", b"!!python/name:os.system", b"<<", b"? ", b"|"),
     *(b" then ", b"then", b"@merge", b"@0.5", b"k=2", b"--", b"--help", b"[" * 3000, b"{" * 3000, b'{"a":' * 3000),
 ]
+
+RECORD = {**dict.fromkeys(ASKED, "x"), "budget": 0.5, "text": "red"}
+"""A whole record, as the plug-in for lmms-eval writes them."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +102,18 @@ def of_text(read: Callable[[str], object]) -> Callable[[bytes, Path], object]:
 def targets() -> dict[str, Target]:
     """By name, all that reads what users bring."""
     backbone = build()
-    controller = TwoLevelController(ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=4))
-    sizes = json.dumps({"kind": "two-level", **controller.config_dict()}).encode()
-    weights = save({name: weight.contiguous() for name, weight in controller.state_dict().items()})
-    layout = backbone.layout
-    plan = SearchedOrder(
-        "b", (layout.tokens, layout.layers, layout.heads), "d", "train", 2, [[0, 1], [20]], [0.9, 0.8], [0, 1]
-    )
-    record = {**dict.fromkeys(ASKED, "x"), "budget": 0.5, "text": "red"}
-    picture = BytesIO()
-    Image.new("RGB", (9, 7), "red").save(picture, "PNG")
+    return {
+        **run_targets(),
+        **controller_targets(backbone),
+        **evaluation_targets(backbone),
+        **option_targets(backbone),
+        **data_targets(),
+        **benchmark_targets(),
+    }
+
+
+def run_targets() -> dict[str, Target]:
+    """Files of runs and experiments."""
     settings = yaml.safe_dump({"seed": 3, "budgets": [0.2, 1.0], "fit": False, "reward": ["accuracy", "-0.2*flops"]})
 
     measured = {**dict.fromkeys(MEASURED, 0.5), "n": 3, "budgeted": True}
@@ -118,20 +123,6 @@ def targets() -> dict[str, Target]:
     def with_records(content: bytes, folder: Path) -> object:
         of_file("records.json", Path.is_file)(json.dumps([measured]).encode(), folder)
         return of_file("outcomes.npz", lambda path: Cell(Arm("full"), 0, path.parent).outcomes())(content, folder)
-
-    def with_sizes(content: bytes, folder: Path) -> object:
-        (folder / WEIGHTS).write_bytes(weights)
-        return of_file(SIZES, lambda path: load_controller(path.parent, backbone))(content, folder)
-
-    def with_tensors(content: bytes, folder: Path) -> object:
-        of_file("checkpoints/step-000000001/tensors.safetensors", Path.is_file)(weights, folder)
-        return of_file("checkpoints/step-000000001/state.json", lambda path: load_checkpoint(path.parents[1]))(
-            content, folder
-        )
-
-    def with_weights(content: bytes, folder: Path) -> object:
-        (folder / SIZES).write_bytes(sizes)
-        return of_file(WEIGHTS, lambda path: load_controller(path.parent, backbone))(content, folder)
 
     return {
         "config.yaml of a command": Target(
@@ -153,8 +144,32 @@ def targets() -> dict[str, Target]:
             [json.dumps([measured]).encode(), b'[{"budget": 0.5, "gap": "too little"}]'],
         ),
         "outcomes.npz": Target(with_records, [columns.getvalue()]),
-        "records.json": Target(of_file("records.json", read_records), [json.dumps([record]).encode()]),
+        "records.json": Target(of_file("records.json", read_records), [json.dumps([RECORD]).encode()]),
         "experiment.json": Target(of_file("experiment.json", read_head), [b'{"backbone": "tiny", "budgets": [0.5]}']),
+    }
+
+
+def controller_targets(backbone: Backbone) -> dict[str, Target]:
+    """Files of trained controllers and of checkpoints."""
+    controller = TwoLevelController(ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=4))
+    sizes = json.dumps({"kind": "two-level", **controller.config_dict()}).encode()
+    weights = save({name: weight.contiguous() for name, weight in controller.state_dict().items()})
+
+    def with_sizes(content: bytes, folder: Path) -> object:
+        (folder / WEIGHTS).write_bytes(weights)
+        return of_file(SIZES, lambda path: load_controller(path.parent, backbone))(content, folder)
+
+    def with_tensors(content: bytes, folder: Path) -> object:
+        of_file("checkpoints/step-000000001/tensors.safetensors", Path.is_file)(weights, folder)
+        return of_file("checkpoints/step-000000001/state.json", lambda path: load_checkpoint(path.parents[1]))(
+            content, folder
+        )
+
+    def with_weights(content: bytes, folder: Path) -> object:
+        (folder / SIZES).write_bytes(sizes)
+        return of_file(WEIGHTS, lambda path: load_controller(path.parent, backbone))(content, folder)
+
+    return {
         "adaptive.json": Target(
             of_file(DESCRIPTION, lambda path: described_backbone(path.parent)),
             [b'{"backbone": "tiny", "backbone_options": {"heads": 4, "protected_layers": [0]}}'],
@@ -165,6 +180,16 @@ def targets() -> dict[str, Target]:
             with_tensors,
             [b'{"queries": 8, "random": {}}'],
         ),
+    }
+
+
+def evaluation_targets(backbone: Backbone) -> dict[str, Target]:
+    """Files that evaluations are given."""
+    layout = backbone.layout
+    plan = SearchedOrder(
+        "b", (layout.tokens, layout.layers, layout.heads), "d", "train", 2, [[0, 1], [20]], [0.9, 0.8], [0, 1]
+    )
+    return {
         "static plan": Target(
             of_file("plan.json", lambda path: SearchedOrder.load(path).confidence(backbone)), [plan.json().encode()]
         ),
@@ -173,9 +198,15 @@ def targets() -> dict[str, Target]:
             [b'{"device": "d", "backbone": "b", "weights": [0.5, 0.2, 1, 30, 50], "error": 0.01}'],
         ),
         "answers of lmms-eval": Target(
-            of_file("answers.jsonl", lambda path: Recorded(path, (0.5,))), [json.dumps(record).encode()]
+            of_file("answers.jsonl", lambda path: Recorded(path, (0.5,))), [json.dumps(RECORD).encode()]
         ),
         "tuning grid": Target(of_file("grid.txt", read_grid), [b"fastv:k=2 # two layers\n\nprumerge+\n"]),
+    }
+
+
+def option_targets(backbone: Backbone) -> dict[str, Target]:
+    """Texts on the command line."""
+    return {
         "reward": Target(of_text(WeightedReward), [b"accuracy", b"-0.2*flops", b"0.5*numpy:mean"]),
         "policy": Target(
             of_text(lambda text: load_planner(text, backbone, 0)),
@@ -190,6 +221,14 @@ def targets() -> dict[str, Target]:
         "command line": Target(
             of_text(lambda text: cli.read_options(RLConfig, text.split())), [b"--budgets 0.2 1 --no-fit --seed 3"]
         ),
+    }
+
+
+def data_targets() -> dict[str, Target]:
+    """Pictures and tables of queries."""
+    picture = BytesIO()
+    Image.new("RGB", (9, 7), "red").save(picture, "PNG")
+    return {
         "image": Target(lambda content, _: read_image(BytesIO(content), "image", 1e6), [picture.getvalue()]),
         "JSON lines": Target(of_file("a.jsonl", lambda path: list(json_lines(path))), [b'{"a": 1}\n\n{"b": [2]}\n']),
         "JSON entries": Target(
@@ -200,7 +239,6 @@ def targets() -> dict[str, Target]:
             [b'{"info": 1, "questions": [{"a": 1}]}'],
         ),
         "table": Target(of_file("a.tsv", lambda path: list(tab_separated(path))), [b'index\tquestion\n1\t"a\tb"\n']),
-        **benchmark_targets(),
     }
 
 

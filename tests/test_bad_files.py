@@ -335,7 +335,7 @@ RESUMED = "train_rl --backbone {vlm} --data {data} --out {spoilt} --resume --tot
 RUNS = [
     Line(f"eval run {{no_weights}} {'--backbone {vlm} --data {data}'}", "no readable controller"),
     Line("eval run {no_backbone} --data {data}", "could not be read"),
-    Line("eval run {run} {no_backbone} --data {data}", "the runs are for different backbones"),
+    Line("eval run {run} {no_backbone} --data {data}", "the controllers are for different backbones"),
     Line("eval run {run} --data {data} --backbone tiny", "backbone 'tiny' has"),
     Line(f"{RESUMED}", "was begun with"),
     Line("train_rl --resume --out {unknown_option}", "unknown option 'colour'"),

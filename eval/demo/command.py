@@ -55,7 +55,7 @@ class Demo(cli.Placement):
 
     def run(self) -> None:
         self._check()
-        backbone = self.load(backbone_of([self.policy], self.backbone))
+        backbone = self.load(*backbone_of([self.policy], self.backbone))
         comparison = Comparison(self.policy, backbone, self.seed, self.max_new_tokens)
         source = load_queries(self.data, self.split).spread(self.queries)
         Served.now = Served(comparison, first_queries(EncodingBank(backbone, source), self.queries), self)
