@@ -25,7 +25,7 @@ class Tracker:
             return
         import wandb
 
-        online = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+        online = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(os.path.expanduser("~/.netrc"))
         mode: Any = os.environ.get("WANDB_MODE", "online" if online else "offline")
         settings = wandb.Settings(silent=True, init_timeout=20)
         try:

@@ -11,7 +11,7 @@ import pytest
 import wandb
 
 import eval.__main__ as eval_main
-from backbones import EncodingBank, load_backbone
+from backbones import EncodingBank, InputError, load_backbone
 from envs import load_queries
 from eval.evaluate import evaluate
 from eval.experiment import arms, command, pictures
@@ -32,6 +32,7 @@ from eval.experiment.summary import (
     ArmResult,
     accuracy_table,
     by_kind,
+    collect,
     comparison_table,
     comparisons,
     cost_table,
@@ -457,6 +458,18 @@ def test_no_two_arms_look_alike():
         *("rl tokens", "gumbel tokens", "soft-topk tokens", "rl heads", "rl layers", "rl heads and layers"),
         *("rl", "gumbel", "soft-topk", "rl after gumbel"),
     ]
+
+
+def test_cells_of_other_numbers_of_queries_are_not_averaged(tmp_path):
+    """Null: of the same number they are."""
+    cells = [Cell(arms.FULL, seed, tmp_path / str(seed)) for seed in (0, 1)]
+    for cell, queries in zip(cells, (3, 4), strict=True):
+        cell.folder.mkdir()
+        np.savez_compressed(cell.folder / "outcomes.npz", **{"accuracy@1": np.ones(queries)})
+        (cell.folder / "records.json").write_text("[]")
+    with pytest.raises(InputError, match=r"0' has outcomes of 3 queries, .*1' of 4; remove the one"):
+        collect(cells)
+    assert len(collect(cells[:1])["full"].cells) == 1
 
 
 def write_run(folder, accuracies):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from backbones.errors import InputError
 from eval.evaluate import Record
 from eval.experiment.arms import FULL
 from eval.experiment.cells import Cell
@@ -116,8 +117,13 @@ class ArmResult:
 
 
 def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
-    """By arm, what its cells hold."""
+    """By arm, what its cells hold.
+
+    Raises:
+        InputError: an unreadable file, or a cell of another number of test queries than the first.
+    """
     results: dict[str, ArmResult] = {}
+    sizes: dict[int, Cell] = {}
     for cell in cells:
         result = results.setdefault(cell.arm.name, ArmResult(cell.arm.name))
         if not cell.done:
@@ -125,6 +131,14 @@ def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
             continue
         result.cells.append(cell)
         result.outcomes.append(cell.outcomes())
+        for column in result.outcomes[-1].values():
+            sizes.setdefault(len(column), cell)
+        if len(sizes) > 1:
+            one, other = sizes
+            raise InputError(
+                f"{str(sizes[one].folder)!r} has outcomes of {one} queries, {str(sizes[other].folder)!r} of {other}; "
+                "remove the one that is of other data, to measure it again"
+            )
         for record in cell.records():
             if "gap" in record:
                 result.gaps[record["budget"]] = record["gap"]
