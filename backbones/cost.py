@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -106,8 +107,9 @@ class DecoderShape:
         """
         heads_BLH = masks.effective_heads
         heads_BLH = heads_BLH.long() if heads_BLH.dtype == torch.bool else heads_BLH
-        # A group is computed unless all its slots are dropped.
-        groups_BLG = 1 - (1 - heads_BLH.unflatten(2, (-1, self.slots_per_group))).prod(3)
+        groups_BLG = heads_BLH
+        if self.slots_per_group > 1:  # a group is computed unless all its slots are dropped
+            groups_BLG = 1 - (1 - heads_BLH.unflatten(2, (-1, self.slots_per_group))).prod(3)
         d = self.hidden
         per_slot = [4 * d * width for width in self.query_width]
         mlp = [6 * d * width for width in self.mlp_width]
@@ -121,7 +123,14 @@ class DecoderShape:
 
 def _weigh(kept: Tensor, weights: Sequence[int]) -> Tensor:
     """The sum of the weights of what is kept along the last axis, exact where the masks are."""
-    return (kept * torch.tensor(weights, device=kept.device)).sum(-1)
+    return (kept * _tensor(tuple(weights), kept.device)).sum(-1)
+
+
+@lru_cache(maxsize=256)
+def _tensor(weights: tuple[int, ...], device: torch.device) -> Tensor:
+    """Plans are priced over and over with the same few."""
+    with torch.inference_mode(False):  # whoever asks first, what is kept must do for all
+        return torch.tensor(weights, device=device)
 
 
 def clip_tower_flops(

@@ -12,6 +12,7 @@ from functools import lru_cache
 from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -186,16 +187,16 @@ class QueryEncoder:
         embed: Any = self.family.decoder.embed_tokens
         counts_B = torch.tensor([len(image.visual_nD) for image in images])
         text_counts_B = torch.tensor([len(text_ids) for text_ids, _ in rows])
-        ids_BT, places_BT = (
-            torch.tensor([values + [0] * (longest - len(values)) for values in column])
+        ids_BT, places_BT = (  # by NumPy, which is five times as fast as torch.tensor on lists
+            torch.from_numpy(np.array([values + [0] * (longest - len(values)) for values in column], np.int64))
             for column in zip(*rows, strict=True)
         )
-        offsets_BN = pad_sequence([image.visual_offsets for image in images], batch_first=True)
+        offsets_BN = _padded([image.visual_offsets for image in images])
         visual_places_BN = self._to_layout(torch.tensor(starts)[:, None] + offsets_BN).to(device)
         places_BT = places_BT.to(device)
         rope_BSR = self._rope_positions(images, starts, lengths).to(device)
         return Encoding(
-            visual_BND=self._to_layout(pad_sequence([image.visual_nD for image in images], batch_first=True)),
+            visual_BND=self._to_layout(_padded([image.visual_nD for image in images])),
             visual_valid_BN=(torch.arange(self.layout.tokens) < counts_B[:, None]).to(device),
             visual_places_BN=visual_places_BN,
             visual_rope_BNR=_pick(rope_BSR, visual_places_BN),
@@ -226,7 +227,7 @@ class QueryEncoder:
             is_image_S = torch.zeros(length, dtype=torch.bool)
             is_image_S[start + image.visual_offsets] = True
             rows.append(self.family.rope(is_image_S, image.grid))
-        return pad_sequence(rows, batch_first=True)
+        return _padded(rows)
 
     def prompt(self, question: str) -> str:
         """The chat template filled with one image and the question."""
@@ -289,3 +290,10 @@ def _lay_out_text(before: list[int], image: EncodedImage, after: list[int]) -> t
 def _pick(rope_BSR: Tensor, places_BX: Tensor) -> Tensor:
     """Rotary positions (B, X, R) of some places of each row."""
     return rope_BSR.gather(1, places_BX[..., None].expand(-1, -1, rope_BSR.shape[2]))
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """The rows as one tensor, padded at the end with zeros; equally long ones, as most are, in half the time."""
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows)
+    return pad_sequence(rows, batch_first=True)
