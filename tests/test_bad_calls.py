@@ -353,7 +353,7 @@ QUERIES = [
             ("{desk}/empty", "suffix ''"),
             ("{desk}/text.json", "could not be read"),
             ("{desk}/list.json", "lacks the column 'image'"),
-            ("{mine}", "could not be read"),
+            ("{mine}", "has no rows"),
             ("{vlm}", "has no split 'test'"),
             ("{run}", "has no split 'test'"),
             ("{desk}/empty+scenes", "suffix ''"),

@@ -86,5 +86,5 @@ def test_tables_and_plots(records, tmp_path):
 
 def test_bench_entries_name_their_goal():
     made = entry("env_over_forward", 0.951234, "here")
-    assert made == {"name": "env_over_forward", "value": 0.951, "goal": 0.9, "better": "higher", "setting": "here"}
+    assert made == {"name": "env_over_forward", "value": 0.951, "goal": 0.95, "better": "higher", "setting": "here"}
     assert "≥ 0.9" in bench_table([made])
