@@ -27,7 +27,7 @@ PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3"
 
 CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
 
-LINE_NUMBERS = ("queries", "step", "reward", "seconds", "peak_memory_mb")
+LINE_NUMBERS = ("queries", "step", "reward", "seconds", "update_seconds", "peak_memory_mb")
 """Fields of lines that are numbers, where they are there."""
 
 TIMED = ("queries", "seconds", "peak_memory_mb")

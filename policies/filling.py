@@ -84,9 +84,8 @@ def _solve(
         return ((flops_B - least_B) / range_B).clamp(1e-12, 1 - 1e-12).logit()
 
     target_B = log_odds(limits_B)
-    newest, behind, before = low_B, high_B, high_B
+    newest, behind = low_B, high_B
     f_newest, f_behind = log_odds(most_B) - target_B, log_odds(least_B) - target_B
-    f_before = f_behind
     found_B = low_B.where(limits_B >= most_B, high_B)
     open_B = (limits_B < most_B) & (limits_B > least_B)
     share_B = f_newest / (f_newest - f_behind).where(open_B, 1.0)  # the first step interpolates

@@ -219,6 +219,10 @@ TIMING = {
     "no queries": ('{"seconds": 8, "peak_memory_mb": 1}', "lacks 'queries'"),
     "no memory": ('{"queries": 8, "seconds": 8}', "lacks 'peak_memory_mb'"),
     "seconds of text": ('{"queries": 8, "seconds": "8", "peak_memory_mb": 1}', "has seconds: '8', not a number"),
+    "updates of text": (
+        '{"queries": 8, "seconds": 8, "update_seconds": "8", "peak_memory_mb": 1}',
+        "has update_seconds: '8', not a number",
+    ),
     "memory of none": ('{"queries": 8, "seconds": 8, "peak_memory_mb": null}', "has peak_memory_mb: None"),
 }
 

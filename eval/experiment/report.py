@@ -126,7 +126,11 @@ class Report:
         tracker = Tracker(project, self.folder, self.facts, group)
         said = [[answer.question, answer.verdict, answer.text] for answer in self.answers]
         tables = {table.name: table.rows for table in self.tables}
-        whole = [each for each in ranked(self.results, self.budgets) if each.budgeted and each.meets(self.budgets)]
+        whole = [
+            each
+            for each in ranked(self.results, self.budgets)
+            if each.budgeted and len(each.met(self.budgets)) == len(self.budgets)
+        ]
         areas = {f"area/{each.name}": area_of(each, self.budgets) for each in whole}
         tracker.report(areas, {"answers": [["question", "verdict", "answer"], *said], **tables}, self.folder / PAGE)
         tracker.finish({path.stem: path for path in self.drawn})

@@ -112,8 +112,9 @@ class ArmResult:
         column = f"accuracy@{budget:g}"
         return np.stack([outcomes[column] for outcomes in self.outcomes if column in outcomes])
 
-    def meets(self, budgets: Sequence[float]) -> bool:
-        return all(budget in self.records for budget in budgets)
+    def met(self, budgets: Sequence[float]) -> list[float]:
+        """Those of the budgets that it can meet."""
+        return [budget for budget in budgets if budget in self.records]
 
 
 def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
@@ -151,7 +152,7 @@ def ranked(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> list[A
     """Those with records: the full model, then by area, below those that meet more budgets; last those without one."""
 
     def key(result: ArmResult) -> tuple[bool, bool, int, float]:
-        met = [budget for budget in budgets if budget in result.records]
+        met = result.met(budgets)
         height = area_of(result, met) if len(met) > 1 else -1.0
         return result.name == FULL.name, result.budgeted, len(met), height
 
@@ -241,7 +242,7 @@ def accuracy_table(
             rows.append([name, seeds, "", "", own, *[""] * (len(budgets) - 1), "", cost, ""])
             continue
         cells = [show(found[name, budget][0]) if budget in result.records else "—" for budget in budgets]
-        met = [budget for budget in budgets if budget in result.records]
+        met = result.met(budgets)
         area, spread = "—", ""
         if len(met) > 1:
             areas_R = np.asarray(area_under_curve(met, np.stack([result.scores(budget).mean(1) for budget in met], -1)))
@@ -300,7 +301,7 @@ def shared_budgets(first: ArmResult, second: ArmResult, budgets: Sequence[float]
     """Those that both meet; none if one has no budget, and so its own cost at each."""
     if not (first.budgeted and second.budgeted):
         return []
-    return [budget for budget in budgets if budget in first.records and budget in second.records]
+    return second.met(first.met(budgets))
 
 
 def comparisons(
