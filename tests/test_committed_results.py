@@ -12,7 +12,8 @@ from eval.evaluate import outcomes_met
 from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.experiment.cells import fill, lay_out
 from eval.experiment.claims import answers, pairs
-from eval.experiment.summary import accuracy_table, collect, comparison_table, comparisons, cost_table, estimates
+from eval.experiment.summary import collect, comparisons, estimates
+from eval.experiment.tables import accuracy_table, comparison_table, cost_table
 from eval.policies import load_planner
 
 SCENES = Path(__file__).parent.parent / "results" / "scenes"

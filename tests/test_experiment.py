@@ -28,18 +28,8 @@ from eval.experiment.statistics import (
     show_p,
     standard_error,
 )
-from eval.experiment.summary import (
-    ArmResult,
-    accuracy_table,
-    by_kind,
-    collect,
-    comparison_table,
-    comparisons,
-    cost_table,
-    estimates,
-    gaps,
-    ranked,
-)
+from eval.experiment.summary import ArmResult, by_kind, collect, comparisons, estimates, gaps, ranked
+from eval.experiment.tables import accuracy_table, comparison_table, cost_table
 from eval.plan_pictures import darkened
 from eval.policies import load_planner
 from tests.browser import CHROMIUM, QUIET

@@ -15,7 +15,7 @@ from eval.demo.command import PAGE, Demo, Served
 from eval.demo.comparison import Comparison
 from eval.experiment.claims import Answer
 from eval.experiment.page import Picture, write_page
-from eval.experiment.summary import Table
+from eval.experiment.tables import Table
 from tests.conftest import build
 
 SCRIPT = "<script>alert(1)</script>"

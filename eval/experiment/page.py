@@ -12,7 +12,7 @@ import jinja2
 
 from backbones.atomic import write_atomically
 from eval.experiment.claims import Answer
-from eval.experiment.summary import Table
+from eval.experiment.tables import Table
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 

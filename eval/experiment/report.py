@@ -15,19 +15,8 @@ from eval.experiment.cells import Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
-from eval.experiment.summary import (
-    accuracy_table,
-    area_of,
-    collect,
-    comparison_table,
-    comparisons,
-    convergence_table,
-    cost_table,
-    estimates,
-    gaps,
-    middle_table,
-    ranked,
-)
+from eval.experiment.summary import area_of, collect, comparisons, estimates, gaps, ranked
+from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
 from eval.latency import device_name
 from eval.policies import load_planner
 from eval.runs import command_line, environment
