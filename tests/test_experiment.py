@@ -15,6 +15,7 @@ from backbones import EncodingBank, InputError, load_backbone
 from envs import load_queries
 from eval.evaluate import evaluate
 from eval.experiment import arms, command, pictures
+from eval.experiment import cells as cells_module
 from eval.experiment.arms import Arm, Prepared, relaxed
 from eval.experiment.cells import Cell, fill, lay_out
 from eval.experiment.claims import ASKED, answers, pairs, remarks
@@ -32,6 +33,7 @@ from eval.experiment.summary import ArmResult, by_kind, collect, comparisons, es
 from eval.experiment.tables import accuracy_table, comparison_table, cost_table
 from eval.plan_pictures import darkened
 from eval.policies import load_planner
+from eval.timing import add_timing
 from tests.browser import CHROMIUM, QUIET
 from tests.conftest import command as run_command
 from tests.conftest import make_dataset
@@ -359,7 +361,7 @@ def test_arms_without_figures_are_not_spoken_of_and_none_without_a_budget_is_com
 @pytest.mark.parametrize("name", list(arms.EXPERIMENTS))
 def test_questions_are_few_and_about_arms_that_there_are(name):
     names = {arm.name for arm in arms.EXPERIMENTS[name](Prepared({}, command.Path("x/static.json")))}
-    assert 2 <= len(ASKED[name]) <= 4
+    assert 2 <= len(ASKED[name]) <= 6
     assert {arm for pair in pairs(name) for arm in pair} <= names - {"full"}
     assert len(set(pairs(name))) == len(pairs(name)), "a test that is asked twice counts twice in the correction"
 
@@ -445,7 +447,8 @@ def test_no_two_arms_look_alike():
         seen = [json.dumps(look.options, sort_keys=True) for look in pictures.looks(own).values()]
         assert len(set(seen)) == len(own) >= 10
     assert [name for name in dict.fromkeys(names) if pictures.is_ours(name)] == [
-        *("rl tokens", "gumbel tokens", "soft-topk tokens", "rl heads", "rl layers", "rl heads and layers"),
+        *("rl tokens", "gumbel tokens", "soft-topk tokens", "rl heads", "rl layers"),
+        *("rl tokens and heads", "rl tokens and layers", "rl heads and layers"),
         *("rl", "gumbel", "soft-topk", "rl after gumbel"),
     ]
 
@@ -522,6 +525,40 @@ def test_cells_can_be_done_side_by_side(done, monkeypatch, place, tmp_path):
         for name, column in mine.outcomes().items():
             # threads may change a last bit, and with it an answer
             assert np.mean(column != theirs.outcomes()[name]) < 0.2, (mine.arm.name, name)
+
+
+def test_times_are_added_to_what_is_done(monkeypatch, done, place, tmp_path):
+    """Of the first seed; all else stays as it was. Where times cannot be had, figures stay, and the reason is said."""
+    out = tmp_path / "said"
+    shutil.copytree(done, out)
+
+    def without_a_clock(planner, *rest):
+        if planner.name == "random":
+            raise RuntimeError("no clock")
+        add_timing(planner, *rest)
+
+    monkeypatch.setattr(cells_module, "add_timing", without_a_clock)
+    experiment(monkeypatch, place, out, "--timing", "1")
+    for cell in lay_out(out, ARMS, (0, 1)):
+        before, after = (
+            json.loads((folder / "records.json").read_text()) for folder in (twin(cell, done), cell.folder)
+        )
+        timed = cell.seed == 0 and cell.arm.name != "random"
+        for old, new in zip(before, after, strict=True):
+            assert old == {name: new[name] for name in old}
+            assert ("ttft_ms_p50" in new) == (timed and "gap" not in new) and new.get("ttft_ms_p50", 1) > 0
+        assert cell.timed == timed
+    said = (out / "training" / "tables.md").read_text()
+    assert "| TTFT ms |" in said and re.search(
+        r"Without figures, of time only \(RuntimeError: no clock\): random \(seed 0\)\.", said
+    )
+    assert (out / "training" / "accuracy-first-token.svg").is_file()
+    assert not (done / "training" / "accuracy-first-token.svg").exists(), "without times there is no such plot"
+
+
+def twin(cell, out):
+    """The folder of the same cell in another experiment."""
+    return out / cell.folder.relative_to(cell.folder.parents[2])
 
 
 def test_timing_wants_the_machine_for_itself(monkeypatch, place, tmp_path, capsys):

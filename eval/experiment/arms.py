@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+from backbones.masks import AXES
 from eval.tune import baseline_of
 
 
@@ -113,8 +115,8 @@ def pruning(prepared: Prepared) -> list[Arm]:
 
 def dimensions(prepared: Prepared) -> list[Arm]:
     """One, two and three dimensions, each trained by the same estimator, and AdaLLaVA with its disjoint chains."""
-    few = (("tokens",), ("heads",), ("layers",), ("heads", "layers"))
-    own = [*(controller(prepared, "rl", *axes) for axes in few), controller(prepared, "rl")]
+    fewer = [axes for count in (1, 2) for axes in combinations(AXES, count)]
+    own = [controller(prepared, "rl", *axes) for axes in (*fewer, ())]
     return [*untrained(prepared), *ADALLAVA, *own]
 
 

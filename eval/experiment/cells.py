@@ -33,6 +33,9 @@ MEASURED = (
 )
 """Numbers of every record but a gap's."""
 
+TIME = "ttft_ms_p50"
+"""What a record has besides once single queries were timed: median time to first token, in ms."""
+
 LONGEST_TEXT = 10_000
 """Characters; beyond any reason or command."""
 
@@ -59,6 +62,11 @@ class Cell:
     @property
     def done(self) -> bool:
         return (self.folder / RECORDS).is_file()
+
+    @property
+    def timed(self) -> bool:
+        """Whether single queries were timed at every budget that it meets."""
+        return self.done and all("gap" in record or TIME in record for record in self.records())
 
     @property
     def trained(self) -> bool:
@@ -187,7 +195,6 @@ def measure(
     backbone: Backbone,
     bank: EncodingBank,
     budgets: Sequence[float],
-    timing: int = 0,
 ) -> None:
     """Evaluate the cell's policy, budget by budget, and write what it did.
 
@@ -197,7 +204,6 @@ def measure(
         backbone: answers.
         bank: the test queries.
         budgets: shares of the full plan's LLM FLOPs.
-        timing: queries to time one by one.
     """
     planner = load_planner(fill(cell.arm.policy, cell, cells), backbone, cell.seed)
     records: list[Record] = []
@@ -205,8 +211,6 @@ def measure(
     head: Record = {"arm": cell.arm.name, "seed": cell.seed}
     found, gaps = outcomes_met(planner, backbone, bank, budgets, cell.seed, progress=False)
     for outcome in found:
-        if timing:
-            add_timing(planner, backbone, first_queries(bank, timing), [outcome.record])
         records.append({**outcome.record, **head, "budgeted": planner.budgeted})
         for name in KEPT_COLUMNS:
             columns[f"{name}@{outcome.record['budget']:g}"] = outcome.columns[name].astype(np.float32)
@@ -215,6 +219,23 @@ def measure(
     packed = BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **columns)
     write_atomically(cell.folder / OUTCOMES, packed.getvalue())
+    write_json(cell.folder / RECORDS, records)
+
+
+def measure_times(cell: Cell, cells: Sequence[Cell], backbone: Backbone, bank: EncodingBank, count: int) -> None:
+    """Put times of single queries into the records of a cell that is done.
+
+    Args:
+        cell: measured.
+        cells: of the experiment, for policies that use other runs.
+        backbone: answers.
+        bank: the test queries.
+        count: how many to time, one by one.
+    """
+    planner = load_planner(fill(cell.arm.policy, cell, cells), backbone, cell.seed)
+    records = cell.records()
+    met = [record for record in records if "gap" not in record]
+    add_timing(planner, backbone, first_queries(bank, count), met)
     write_json(cell.folder / RECORDS, records)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
+from backbones.masks import AXES
 from eval.experiment.arms import ADALLAVA, ESTIMATORS, FULL, STATIC_TOKENS, Prepared, untrained
 from eval.experiment.statistics import Comparison, show_p
 from eval.experiment.summary import ArmResult, area_of, enumerated, shared_budgets
@@ -52,7 +53,7 @@ class Answer:
 TRAINED_BY = {"rl": "PPO", "gumbel": "Gumbel straight-through", "soft-topk": "soft top-k"}
 UNTRAINED = tuple(arm.name for arm in untrained(Prepared({}, Path())) if arm is not FULL)
 OF_ADALLAVA = tuple(arm.name for arm in ADALLAVA)
-TWO, ONE = "rl heads and layers", ("rl tokens", "rl heads", "rl layers")
+ONE, TWO = (tuple(f"rl {' and '.join(axes)}" for axes in combinations(AXES, count)) for count in (1, 2))
 
 ASKED = {
     "pruning": tuple(
@@ -64,9 +65,9 @@ ASKED = {
         for estimator in ESTIMATORS
     ),
     "dimensions": (
-        Question("Are tokens, heads and layers together better than two of them, heads and layers?", "rl", (TWO,)),
+        Question("Are tokens, heads and layers together better than the best two of them?", "rl", TWO),
         Question("Are all three together better than the best one alone?", "rl", ONE),
-        Question("Are two of them, heads and layers, better than the best one alone?", TWO, ONE),
+        *(Question(f"Are {two.removeprefix('rl ')} together better than the best one alone?", two, ONE) for two in TWO),
         Question("Are all three together better than AdaLLaVA, alone or after a token rule?", "rl", OF_ADALLAVA),
     ),
     "training": (

@@ -20,7 +20,7 @@ from envs.queries import DatasetQueries
 from eval import cli
 from eval.evaluate import check_budgets
 from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
-from eval.experiment.cells import Cell, attempt, lay_out, measure, train
+from eval.experiment.cells import Cell, attempt, lay_out, measure, measure_times, train
 from eval.experiment.jobs import side_by_side
 from eval.experiment.report import Report
 from eval.runs import check_place, environment, make_folder
@@ -64,7 +64,7 @@ class Experiment(cli.Placement):
     tuning_queries: int = 1000
     """Validation queries on which baselines' options are chosen, and, up to 512, the static plan is searched for."""
     timing: int = 0
-    """Also time so many queries one by one, for the first seed; leave the machine alone meanwhile."""
+    """Also time so many queries one by one with the first seed, also where all else is done; needs a quiet machine."""
     jobs: int = 1
     """Cells that are worked on at a time, each with its share of the cores; a small VLM gains from as many as cores."""
     quick: bool = False
@@ -86,7 +86,7 @@ class Experiment(cli.Placement):
         arms = EXPERIMENTS[self.name](Prepared(tuned, self._search(backbone)))
         cells = lay_out(self.out, arms, self.seeds)
         chosen = self._chosen(arms)
-        missing = [cell for cell in cells if not cell.done and cell.arm.name in chosen]
+        missing = [cell for cell in cells if cell.arm.name in chosen and (not cell.done or self._to_time(cell))]
         with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=self.name, unit="cell") as bar:
             for cell in self._each(missing, cells, backbone, queries):
                 bar.set_postfix_str(f"{cell.arm.name}, seed {cell.seed}")
@@ -205,10 +205,15 @@ class Experiment(cli.Placement):
         attempt(cell, partial(self._work, cell, cells, *prepared))
 
     def _work(self, cell: Cell, cells: Sequence[Cell], backbone: Backbone, bank: EncodingBank) -> None:
-        if cell.arm.script is not None and not cell.trained:
+        if not cell.done and cell.arm.script is not None and not cell.trained:
             train(cell, cells, self._training_options())
-        timing = self.timing if cell.seed == self.seeds[0] else 0
-        measure(cell, cells, backbone, bank, self.budgets, timing)
+        if not cell.done:
+            measure(cell, cells, backbone, bank, self.budgets)
+        if self._to_time(cell):
+            measure_times(cell, cells, backbone, bank, self.timing)
+
+    def _to_time(self, cell: Cell) -> bool:
+        return self.timing > 0 and cell.seed == self.seeds[0] and not cell.timed
 
     def _training_options(self) -> list[str]:
         every = max(1, self.total_queries // 12)

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.experiment.arms import ESTIMATORS, FULL
+from eval.experiment.cells import TIME
 from eval.experiment.statistics import Estimate
 from eval.experiment.summary import ArmResult, ranked, validations
 from eval.plan_pictures import show_heads, show_tokens
@@ -38,9 +39,15 @@ STYLES: Any = {
     "legend.fontsize": 10,
     "svg.hashsalt": "maskgym",
 }
-STRONG = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#332288")
+STRONG = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#332288", "#56b4e9", "#882255")
 MUTED = ("#7f7f7f", "#b0906a", "#7fa0b8", "#c08aa3", "#88ab83", "#a39ac9", "#c2a552", "#a86f6f", "#5f8f8c")
 DASHES = ("-", "--", "-.", ":")
+COSTS = {
+    "llm_flops_ratio": ("accuracy-llm-flops", "LLM FLOPs spent, choosing included"),
+    "total_flops_ratio": ("accuracy-total-flops", "total FLOPs spent, choosing included"),
+    TIME: ("accuracy-first-token", "time to first token, choosing included"),
+}
+"""What accuracy is plotted over: file and label of the axis."""
 LIMIT: Any = {"color": "0.25", "linestyle": (0, (6, 3)), "linewidth": 1.4}
 """Of the line that others are seen against: the full model's accuracy, or all that was asked."""
 
@@ -64,11 +71,11 @@ def is_ours(name: str) -> bool:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """Controllers thick and saturated, the others thin and muted; no two alike up to six and 36 of them."""
+    """Controllers thick and saturated, the others thin and muted; no two alike up to eight and 36 of them."""
     ours = [name for name in names if is_ours(name)]
     found = {}
     for number, name in enumerate(ours):
-        options = {"color": STRONG[number % len(STRONG)], "marker": "osD^vP"[number % 6], "linewidth": 2.4}
+        options = {"color": STRONG[number % len(STRONG)], "marker": "osD^vPXh"[number % 8], "linewidth": 2.4}
         found[name] = Look(True, {**options, "markersize": 6, "zorder": 4})
     for number, name in enumerate(name for name in names if not is_ours(name)):
         options = {"color": MUTED[number % len(MUTED)], "linestyle": DASHES[number % len(DASHES)]}
@@ -83,21 +90,27 @@ def draw_tradeoff(
     field: str,
     title: str,
     folder: Path,
-) -> Path:
-    """Accuracy over what is spent, a line an arm, the best first in the legend, with intervals over seeds."""
-    label = {"llm_flops_ratio": "LLM FLOPs", "total_flops_ratio": "total FLOPs"}[field]
+) -> Path | None:
+    """Accuracy over a cost, a line an arm, the best first in the legend, with intervals over seeds; none without costs.
+
+    FLOPs are means over seeds; times are of those that were timed.
+    """
+    file, label = COSTS[field]
     look = looks(list(results))
     with plt.rc_context(STYLES):
         figure, axes = plt.subplots(layout="constrained")
         heights: dict[str, list[float]] = {}
         handles: list[Any] = []
         for result in ranked(results, budgets):
-            name, own = result.name, sorted(result.records)
-            parts = [found[name, budget][0] for budget in own]
-            x, y = [100 * result.mean(budget, field) for budget in own], [100 * part.value for part in parts]
+            name, costs = result.name, _costs(result, field)
+            if not costs:
+                continue
+            parts = [found[name, budget][0] for budget in costs]
+            x, y = list(costs.values()), [100 * part.value for part in parts]
             heights[name] = y
             if name == FULL.name:
-                handles.append(axes.axhline(y[0], label=f"full ({y[0]:.1f} %)", **LIMIT))
+                at = f", {x[0]:.1f} ms" if field == TIME else ""
+                handles.append(axes.axhline(y[0], label=f"full ({y[0]:.1f} %{at})", **LIMIT))
             elif not result.budgeted:
                 color = look[name].options["color"]
                 handles += axes.plot(x, y, marker="*", markersize=10, linestyle="", color=color, label=name, zorder=3)
@@ -106,12 +119,24 @@ def draw_tradeoff(
                 cap = 3 if look[name].ours else 0
                 bars: dict[str, Any] = {"capsize": cap, "elinewidth": 1, "label": name}
                 handles.append(axes.errorbar(x, y, errors, **bars, **look[name].options))
+        if not heights:
+            plt.close(figure)
+            return None
         _cut(axes, heights)
-        axes.set(xlabel=f"{label} spent, choosing included", ylabel="accuracy")
+        axes.set(xlabel=label, ylabel="accuracy")
         axes.set_title(title, fontsize=11)
-        _percent(axes.xaxis, axes.yaxis)
+        _percent(axes.yaxis)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} {'ms' if field == TIME else '%'}")
         _legend(figure, handles)
-        return _save(figure, folder, f"accuracy-{field.partition('_')[0]}-flops")
+        return _save(figure, folder, file)
+
+
+def _costs(result: ArmResult, field: str) -> dict[float, float]:
+    """By budget, in rising order, what is spent: a share in %, or ms."""
+    budgets = sorted(result.records)
+    if field == TIME:
+        return {budget: time for budget in budgets if (time := result.time(budget)) is not None}
+    return {budget: 100 * result.mean(budget, field) for budget in budgets}
 
 
 def draw_adherence(results: Mapping[str, ArmResult], budgets: Sequence[float], folder: Path) -> Path:

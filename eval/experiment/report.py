@@ -11,7 +11,7 @@ from backbones import Backbone, EncodingBank
 from backbones.atomic import write_atomically
 from envs.queries import DatasetQueries
 from envs.scoring import longest_answer, score
-from eval.experiment.cells import Cell, fill
+from eval.experiment.cells import TIME, Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
@@ -131,10 +131,12 @@ class Report:
         backbone, data = (Path(name).name for name in (self.backbone.name, self.queries.name))
         title = f"{backbone} on {data} (test, n = {len(self.queries):,}, seeds: {seeds})"
         pictures = []
-        for name, words in (("llm_flops_ratio", "LLM"), ("total_flops_ratio", "total")):
-            path = draw_tradeoff(self.results, self.found, self.budgets, name, title, self.folder)
-            caption = f"Accuracy over {words} FLOPs, best first. Bars: 95 % stratified-bootstrap intervals over seeds."
-            pictures.append(Picture(path, caption))
+        costs = {"llm_flops_ratio": "LLM FLOPs", "total_flops_ratio": "total FLOPs", TIME: "time to first token"}
+        for field, words in costs.items():
+            tradeoff = draw_tradeoff(self.results, self.found, self.budgets, field, title, self.folder)
+            if tradeoff is not None:
+                caption = f"Accuracy over {words}, best first. Bars: 95 % stratified-bootstrap intervals over seeds."
+                pictures.append(Picture(tradeoff, caption))
         path = draw_adherence(self.results, self.budgets, self.folder)
         pictures.append(Picture(path, "What plans spend of what they may. Above 1 a budget would be broken."))
         learning = draw_learning(self.results, self.budgets, self.folder)

@@ -14,7 +14,7 @@ import numpy as np
 from backbones.errors import InputError
 from eval.evaluate import Record
 from eval.experiment.arms import FULL
-from eval.experiment.cells import Cell
+from eval.experiment.cells import TIME, Cell
 from eval.experiment.statistics import (
     Comparison,
     Estimate,
@@ -71,7 +71,13 @@ class ArmResult:
         return all(record["budgeted"] for own in self.records.values() for record in own)
 
     def mean(self, budget: float, field: str) -> float:
+        """Over the seeds."""
         return float(np.mean([record[field] for record in self.records[budget]]))
+
+    def time(self, budget: float) -> float | None:
+        """Median time to first token in ms, if a seed was timed."""
+        timed = [record[TIME] for record in self.records[budget] if TIME in record]
+        return float(np.median(timed)) if timed else None
 
     def scores(self, budget: float) -> np.ndarray:
         """(R, Q) accuracy of each seed on each query."""
@@ -96,6 +102,8 @@ def collect(cells: Sequence[Cell]) -> dict[str, ArmResult]:
         if not cell.done:
             result.failures[cell.seed] = cell.failure() or NOT_YET
             continue
+        if why := cell.failure():
+            result.failures[cell.seed] = f"of time only ({why})"
         result.cells.append(cell)
         result.outcomes.append(cell.outcomes())
         for column in result.outcomes[-1].values():

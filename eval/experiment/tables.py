@@ -130,8 +130,7 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
 
 def cost_table(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> Table:
     """Accuracy, what plans keep and what they cost, budget by budget."""
-    every = [record for result in results.values() for own in result.records.values() for record in own]
-    times = any("ttft_ms_p50" in record for record in every)
+    times = any(result.time(budget) is not None for result in results.values() for budget in result.records)
     head = ["policy", "budget", "accuracy %", "standard error", "LLM FLOPs %", "total FLOPs %"]
     rows = [[*head, "tokens", "heads", "layers"] + ["TTFT ms"] * times]
     for result in ranked(results, budgets):
@@ -140,10 +139,10 @@ def cost_table(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> Ta
             accuracy.append(f"{100 * standard_error(result.scores(budget)):.2f}")
             spent = [f"{100 * result.mean(budget, field):.1f}" for field in ("llm_flops_ratio", "total_flops_ratio")]
             kept = [f"{result.mean(budget, field):.1f}" for field in ("kept_tokens", "kept_heads", "kept_layers")]
-            timed = [record["ttft_ms_p50"] for record in result.records[budget] if "ttft_ms_p50" in record]
-            time = [f"{np.median(timed):.2f}" if timed else ""] * times
+            time = result.time(budget)
             own = f"{budget:g}" if result.budgeted else ""
-            rows.append([result.name, own, *accuracy, *spent, *kept, *time])
+            last = ["" if time is None else f"{time:.2f}"] * times
+            rows.append([result.name, own, *accuracy, *spent, *kept, *last])
     note = (
         "Means over queries and seeds, each query counting alike. Standard error: of that accuracy, from query to "
         "query; it says how far other queries of the same kind would move it, and nothing of other trainings. LLM "
