@@ -95,6 +95,10 @@ def test_everything_that_is_promised_is_there(done):
     page = (done / "training" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "http" not in page.replace("http-equiv", "")
     assert "train_gumbel" in page and 'name="viewport"' in page
+    seconds = [
+        json.loads(file.read_text().splitlines()[-1])["seconds"] for file in done.glob("cells/*/*/run/timing.jsonl")
+    ]
+    assert f"<dd>4, in all {sum(seconds) / 3600:.2g} hours of training</dd>" in page and len(seconds) == 4
 
 
 def test_a_cell_can_be_computed_again_from_its_run(done, place):

@@ -15,7 +15,7 @@ from eval.experiment.cells import TIME, Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
-from eval.experiment.summary import area_of, collect, comparisons, estimates, gaps, ranked
+from eval.experiment.summary import area_of, collect, comparisons, convergence, estimates, gaps, ranked
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
 from eval.latency import device_name
 from eval.policies import load_planner
@@ -75,6 +75,7 @@ class Report:
         self.facts = {
             "data": f"{queries.name}, test split, n = {len(queries):,}",
             "seeds": ", ".join(map(str, seeds)),
+            "trainings": trainings(cells),
             "machine": device_name(backbone.device),
             **environment(),
         }
@@ -185,3 +186,9 @@ class Report:
     def _commands(self) -> list[str]:
         trained = [command for cell in self.cells if (command := cell.command())]
         return list(dict.fromkeys([command_line(), *trained]))
+
+
+def trainings(cells: Sequence[Cell]) -> str:
+    """How many there were, and how long they took one after the other."""
+    found = [each for each in map(convergence, cells) if each is not None]
+    return f"{len(found)}, in all {sum(each.whole for each in found) / 3600:.2g} hours of training"

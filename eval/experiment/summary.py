@@ -39,11 +39,13 @@ class Convergence:
         queries: answered until then.
         seconds: of training until then.
         final: mean validation accuracy over the budgets at the end.
+        whole: seconds of training in all.
     """
 
     queries: int
     seconds: float
     final: float
+    whole: float
 
 
 @dataclass
@@ -249,4 +251,4 @@ def convergence(cell: Cell) -> Convergence | None:
         if point[2] < final - MOST_LOST:
             break
         since = point
-    return Convergence(int(since[0]), float(since[1]), float(final))
+    return Convergence(int(since[0]), float(since[1]), float(final), float(points[-1][1]))

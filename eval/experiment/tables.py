@@ -155,17 +155,16 @@ def cost_table(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> Ta
 
 
 def convergence_table(results: Mapping[str, ArmResult], budgets: Sequence[float]) -> Table:
-    rows = [
-        ["policy", "seeds", "queries to converge", "seconds to converge", "final validation %", "spread over seeds"]
-    ]
+    head = ["policy", "seeds", "queries to converge", "seconds to converge", "seconds in all"]
+    rows = [[*head, "final validation %", "spread over seeds"]]
     for result in ranked(results, budgets):
         found = [each for each in map(convergence, result.cells) if each is not None]
         if not found:
             continue
         finals = [100 * each.final for each in found]
         spread = f"{np.std(finals, ddof=1):.2f}" if len(finals) > 1 else ""
-        queries, seconds = np.median([each.queries for each in found]), np.median([each.seconds for each in found])
-        soon = [f"{queries:,.0f}", f"{seconds:.0f}"]
+        times = [(each.queries, each.seconds, each.whole) for each in found]
+        soon = [f"{median:,.0f}" for median in np.median(times, axis=0)]
         rows.append([result.name, str(len(found)), *soon, f"{np.mean(finals):.1f}", spread])
     note = (
         "Converged: from then on mean validation accuracy over the budgets stays within "
