@@ -1,6 +1,8 @@
 """What ``results/scenes`` says follows from its records, and these from its controllers."""
 
+import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,23 @@ def test_tables_follow_from_records(queries, name):
     assert cost_table(results, budgets).markdown() in written
     records = [record for cell in cells if cell.done for record in cell.records() if record.get("budgeted")]
     assert records and not any(record["budget_violations"] for record in records)
+
+
+TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv) -->\n\n\|.*\n\| ---.*\n(?P<rows>(?:\|.*\n)+)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_of_pages_are_those_of_reports(page):
+    """Row by row, but for what a policy is called there."""
+    root = SCENES.parent.parent
+    tables = list(TABLE.finditer((root / page).read_text()))
+    assert len(tables) == (root / page).read_text().count(".csv -->") >= 3
+    for table in tables:
+        with (root / table["file"]).open() as file:
+            reported = [
+                [row["seeds"], *(cell for name, cell in row.items() if name.startswith("at ")), row["area"]]
+                for row in csv.DictReader(file)
+            ]
+        for line in table["rows"].splitlines():
+            _, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert cells in reported, line

@@ -145,6 +145,18 @@ def test_files_of_the_repository_are_named_on_the_site(hooks):
     assert hooks.on_page_markdown(text) == "run (`results/a.json`), `eval/grid.txt`, up (`Makefile`), [page](trials.md)"
 
 
+def test_pictures_of_the_repository_are_on_the_site(hooks, tmp_path):
+    """Null: a picture that no page shows is not."""
+    text = "![curves](../results/a.png) and [words](../results/a.json)"
+    for place, content in (("docs/page.md", text), ("results/a.png", "a"), ("results/b.png", "b")):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text(content)
+    hooks.on_post_build({"docs_dir": str(tmp_path / "docs"), "site_dir": str(tmp_path / "site")})
+    assert [path.name for path in (tmp_path / "site").rglob("*.*")] == ["a.png"]
+    shown = hooks.on_page_markdown(text)
+    assert shown == '<img alt="curves" src="results/a.png"> and words (`results/a.json`)'
+
+
 @pytest.mark.parametrize(
     ("part", "warned"),
     [
