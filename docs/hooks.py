@@ -1,4 +1,4 @@
-"""What the site does beyond MkDocs: links to files of the repository, its pictures, a guard against parts from elsewhere."""
+"""What the site does beyond MkDocs: links to and pictures of the repository, a guard against parts from elsewhere."""
 
 from __future__ import annotations
 
