@@ -86,6 +86,7 @@ def test_everything_that_is_promised_is_there(done):
     assert "kept-0.png" in names
     text = (done / "training" / "tables.md").read_text()
     assert re.search(r"At 60 % of the LLM FLOPs gumbel keeps \d+\.\d % of full accuracy, rl \d+\.\d %\.", text)
+    assert re.search(r"Queries until .* within 1 point of its end: gumbel after \d+, rl after \d+\.", text)
     assert re.search(r"\*\*Is PPO better than Gumbel straight-through\?\*\* (Confirmed|Refuted|Not decided)", text)
     assert "### Paired comparisons" in text
     gap = (

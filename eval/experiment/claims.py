@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 
+import numpy as np
+
 from backbones.masks import AXES
 from eval.experiment.arms import ADALLAVA, ESTIMATORS, FULL, STATIC_TOKENS, Prepared, untrained
 from eval.experiment.statistics import Comparison, show_p
-from eval.experiment.summary import ArmResult, area_of, enumerated, shared_budgets
+from eval.experiment.summary import MOST_LOST, ArmResult, area_of, enumerated, shared_budgets
 
 HALF = 0.5
 """The share of the LLM FLOPs at which the roadmap wants to know what is kept of full accuracy."""
+
+COMPARED = ("gumbel", "soft-topk", "rl")
+"""Trainings of the whole controller, of which that is said, and how soon they converged."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,8 @@ def _percent(budgets: Sequence[float]) -> str:
 
 def remarks(experiment: str, results: Mapping[str, ArmResult], budgets: Sequence[float]) -> list[str]:
     """What is kept of full accuracy at half of the FLOPs, and which curves fall where they should rise."""
-    kept = _kept_of_full(results, budgets) if experiment == "training" else None
-    sentences = [kept] if kept else []
+    said = [_kept_of_full(results, budgets), _converged(results)] if experiment == "training" else []
+    sentences = [sentence for sentence in said if sentence]
     for name, result in results.items():
         falls = _falls(result, budgets)
         if falls:
@@ -175,7 +180,7 @@ def _kept_of_full(results: Mapping[str, ArmResult], budgets: Sequence[float]) ->
     """At the budget that is nearest to half."""
     budget = min(budgets, key=lambda budget: abs(budget - HALF))
     full = results.get(FULL.name)
-    names = [name for name in ("gumbel", "soft-topk", "rl") if name in results and budget in results[name].records]
+    names = [name for name in COMPARED if name in results and budget in results[name].records]
     if full is None or not full.records or not names:
         return None
     (records,) = full.records.values()
@@ -186,6 +191,18 @@ def _kept_of_full(results: Mapping[str, ArmResult], budgets: Sequence[float]) ->
     others = [f"{name} {share}" for name, share in zip(names[1:], rest, strict=True)]
     said = f"At {100 * budget:g} % of the LLM FLOPs {names[0]} keeps {first} of full accuracy"
     return ", ".join([said, *others]) + "."
+
+
+def _converged(results: Mapping[str, ArmResult]) -> str | None:
+    """How soon trainings were as good as they became, medians over them."""
+    queries = {
+        name: np.median([each.queries for each in results[name].converged])
+        for name in COMPARED
+        if name in results and results[name].converged
+    }
+    parts = [f"{name} after {median:,.0f}" for name, median in queries.items()]
+    near = f"within {100 * MOST_LOST:g} point of its end"
+    return f"Queries until validation accuracy stays {near}: {', '.join(parts)}." if parts else None
 
 
 def _falls(result: ArmResult, budgets: Sequence[float]) -> str | None:

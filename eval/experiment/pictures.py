@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from eval.experiment.arms import ESTIMATORS, FULL
 from eval.experiment.cells import TIME
 from eval.experiment.statistics import Estimate
-from eval.experiment.summary import ArmResult, ranked, validations
+from eval.experiment.summary import ArmResult, ranked
 from eval.plan_pictures import show_heads, show_tokens
 
 FORMATS = ("png", "svg")
@@ -168,7 +168,7 @@ def draw_learning(results: Mapping[str, ArmResult], budgets: Sequence[float], fo
         heights: dict[str, list[float]] = {}
         handles: list[Any] = []
         for result in ranked(results, budgets):
-            runs = [np.array(run) * (1, 1, 100) for run in map(validations, result.cells) if run]
+            runs = [np.array(run) * (1, 1, 100) for run in result.curves]
             if not runs:
                 continue
             options = {**look[result.name].options, "markersize": 0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from eval.experiment.cells import TIME, Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
-from eval.experiment.summary import area_of, collect, comparisons, convergence, estimates, gaps, ranked
+from eval.experiment.summary import ArmResult, area_of, collect, comparisons, estimates, gaps, ranked
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
 from eval.latency import device_name
 from eval.policies import load_planner
@@ -75,7 +75,7 @@ class Report:
         self.facts = {
             "data": f"{queries.name}, test split, n = {len(queries):,}",
             "seeds": ", ".join(map(str, seeds)),
-            "trainings": trainings(cells),
+            "trainings": trainings(self.results),
             "machine": device_name(backbone.device),
             **environment(),
         }
@@ -188,7 +188,7 @@ class Report:
         return list(dict.fromkeys([command_line(), *trained]))
 
 
-def trainings(cells: Sequence[Cell]) -> str:
+def trainings(results: Mapping[str, ArmResult]) -> str:
     """How many there were, and how long they took one after the other."""
-    found = [each for each in map(convergence, cells) if each is not None]
-    return f"{len(found)}, in all {sum(each.whole for each in found) / 3600:.2g} hours of training"
+    seconds = [each.whole for result in results.values() for each in result.converged]
+    return f"{len(seconds)}, in all {sum(seconds) / 3600:.2g} hours of training"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -67,6 +68,16 @@ class ArmResult:
     records: dict[float, list[Record]] = field(default_factory=dict)
     gaps: dict[float, str] = field(default_factory=dict)
     outcomes: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @cached_property
+    def curves(self) -> list[list[tuple[int, float, float]]]:
+        """Of each training, its validations: queries, seconds, and mean accuracy over the budgets."""
+        return [points for points in map(_validations, self.cells) if points]
+
+    @cached_property
+    def converged(self) -> list[Convergence]:
+        """Of each training, how soon."""
+        return [_convergence(points) for points in self.curves]
 
     @property
     def budgeted(self) -> bool:
@@ -230,7 +241,7 @@ def comparisons(
     return compare(tests)
 
 
-def validations(cell: Cell) -> list[tuple[int, float, float]]:
+def _validations(cell: Cell) -> list[tuple[int, float, float]]:
     """Queries, seconds, and mean accuracy over the budgets, at each validation of a cell's training, if it had one."""
     folder = RunFolder(cell.run)
     return [
@@ -240,11 +251,8 @@ def validations(cell: Cell) -> list[tuple[int, float, float]]:
     ]
 
 
-def convergence(cell: Cell) -> Convergence | None:
-    """How soon a cell's training converged, if it had one."""
-    points = validations(cell)
-    if not points:
-        return None
+def _convergence(points: Sequence[tuple[int, float, float]]) -> Convergence:
+    """How soon a training converged, from its validations."""
     final = points[-1][2]
     since = points[-1]
     for point in reversed(points):

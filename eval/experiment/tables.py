@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.experiment.statistics import Comparison, Estimate, area_under_curve, hypervolume, show_p, standard_error
-from eval.experiment.summary import MOST_LOST, NOT_YET, ArmResult, area_of, convergence, ranked
+from eval.experiment.summary import MOST_LOST, NOT_YET, ArmResult, area_of, ranked
 from eval.report import markdown
 
 
@@ -158,7 +158,7 @@ def convergence_table(results: Mapping[str, ArmResult], budgets: Sequence[float]
     head = ["policy", "seeds", "queries to converge", "seconds to converge", "seconds in all"]
     rows = [[*head, "final validation %", "spread over seeds"]]
     for result in ranked(results, budgets):
-        found = [each for each in map(convergence, result.cells) if each is not None]
+        found = result.converged
         if not found:
             continue
         finals = [100 * each.final for each in found]
