@@ -72,7 +72,7 @@ def is_ours(name: str) -> bool:
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """Controllers thick and saturated, the others thin and muted; no two alike up to eight and 36 of them."""
-    ours = [name for name in names if is_ours(name)]
+    ours = sorted((name for name in names if is_ours(name)), key=lambda name: " " in name)  # of all axes: alike in all
     found = {}
     for number, name in enumerate(ours):
         options = {"color": STRONG[number % len(STRONG)], "marker": "osD^vPXh"[number % 8], "linewidth": 2.4}
