@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from eval.evaluate import evaluate
 from eval.experiment import arms, command, pictures
 from eval.experiment import cells as cells_module
 from eval.experiment.arms import Arm, Prepared, relaxed
-from eval.experiment.cells import Cell, fill, lay_out
+from eval.experiment.cells import Cell, attempt, fill, lay_out
 from eval.experiment.claims import ASKED, answers, pairs, remarks
 from eval.experiment.report import Report
 from eval.experiment.statistics import (
@@ -485,6 +486,13 @@ def test_dropped_patches_are_dark():
     assert (shown[:4, :4] == 200).all() and (shown[4:] == 50).all()
     strip = darkened(pixels, np.array([True, False, True]))
     assert strip.shape == (10, 8, 3) and strip[9, 0, 0] == 255 and strip[9, 4, 0] == 40
+
+
+def test_a_failure_of_a_call_beside_is_gone_when_the_cell_is_done(tmp_path):
+    cell = Cell(ARMS[1], 0, tmp_path / "cell")
+    assert attempt(cell, partial(attempt, cell, partial(int, "taken")))
+    assert cell.failure() is None
+    assert not attempt(cell, partial(int, "broken")) and "ValueError" in cell.failure()
 
 
 def test_a_cell_without_files_is_not_done(tmp_path):

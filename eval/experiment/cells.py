@@ -242,10 +242,11 @@ def measure_times(cell: Cell, cells: Sequence[Cell], backbone: Backbone, bank: E
 def attempt(cell: Cell, work: Any) -> bool:
     """Do some work for a cell; a failure is written down, for the other cells to go on."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / FAILURE).unlink(missing_ok=True)
     try:
         work()
     except Exception as error:  # whatever it is, it is this cell's, and the report shows it
         write_atomically(cell.folder / FAILURE, f"{type(error).__name__}: {error}\n".encode())
         return False
+    # last, since a call beside this one may have failed for no more than finding the cell taken
+    (cell.folder / FAILURE).unlink(missing_ok=True)
     return True
