@@ -173,7 +173,7 @@ def test_folders_of_something_else_are_refused(monkeypatch, place, tmp_path, cap
 
 def test_quick_is_smaller():
     quick = command.Experiment("training", None, quick=True)
-    assert (quick.seeds, quick.total_queries, quick.test_queries, quick.tuning_queries) == ((0,), 6000, 500, 100)
+    assert (quick.seeds, quick.total_queries, quick.test_queries, quick.tuning_queries) == ((0,), 5000, 500, 100)
 
 
 def test_a_name_means_the_same_in_every_experiment():

@@ -68,13 +68,13 @@ class Experiment(cli.Placement):
     jobs: int = 1
     """Cells that are worked on at a time, each with its share of the cores; a small VLM gains from as many as cores."""
     quick: bool = False
-    """A smaller form to look at: one seed, 6,000 queries a training, 500 test queries, 100 for tuning."""
+    """A smaller form to look at: one seed, 5,000 queries a training, 500 test queries, 100 for tuning."""
     wandb: str | None = None
     """Also track trainings in this Weights & Biases project, and the report as a run of the same group."""
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.seeds, self.total_queries = self.seeds[:1], min(self.total_queries, 6000)
+            self.seeds, self.total_queries = self.seeds[:1], min(self.total_queries, 5000)
             self.test_queries, self.tuning_queries = min(self.test_queries or 500, 500), min(self.tuning_queries, 100)
 
     def run(self) -> None:
@@ -218,7 +218,7 @@ class Experiment(cli.Placement):
     def _training_options(self) -> list[str]:
         every = max(1, self.total_queries // 12)
         options = ["--backbone", self.backbone, "--data", self.data, "--total-queries", str(self.total_queries)]
-        options += ["--validate-every", str(every), "--checkpoint-every", str(every), "--test-queries", "100"]
+        options += ["--validate-every", str(max(every, 1000)), "--checkpoint-every", str(every), "--test-queries", "100"]
         options += ["--test-budgets", *map(str, self.budgets), "--device", self.device, "--dtype", self.dtype]
         if self.wandb is not None:
             options += ["--wandb", self.wandb, "--group", self.out.name]
