@@ -216,10 +216,11 @@ class Experiment(cli.Placement):
         return self.timing > 0 and cell.seed == self.seeds[0] and not cell.timed
 
     def _training_options(self) -> list[str]:
-        every = max(1, self.total_queries // 12)
+        twelfth = max(1, self.total_queries // 12)
         options = ["--backbone", self.backbone, "--data", self.data, "--total-queries", str(self.total_queries)]
-        options += ["--validate-every", str(max(every, 1000)), "--checkpoint-every", str(every), "--test-queries", "100"]
-        options += ["--test-budgets", *map(str, self.budgets), "--device", self.device, "--dtype", self.dtype]
+        options += ["--validate-every", str(max(1000, twelfth)), "--checkpoint-every", str(twelfth)]
+        options += ["--test-queries", "100", "--test-budgets", *map(str, self.budgets)]
+        options += ["--device", self.device, "--dtype", self.dtype]
         if self.wandb is not None:
             options += ["--wandb", self.wandb, "--group", self.out.name]
         return options
