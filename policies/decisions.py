@@ -165,7 +165,7 @@ class Decider:
             temperature: of relaxed plans.
         """
         tokens_BN = tokens_BN if tokens_BN.is_floating_point() else tokens_BN.float()
-        logits = self.controller.llm_logits(read.reading, tokens_BN, self.budget_left(read, tokens_BN))
+        logits = self._unshifted_llm_logits(read, tokens_BN)
         if not self.fills or not self.decides_llm:
             return logits
 
@@ -174,6 +174,9 @@ class Decider:
 
         free = self.free_A[self.layout.level2].expand_as(logits)
         return fill(logits, free, price, read.limits_B, temperature)
+
+    def _unshifted_llm_logits(self, read: Budgeted, tokens_BN: Tensor) -> Tensor:
+        return self.controller.llm_logits(read.reading, tokens_BN.float(), self.budget_left(read, tokens_BN))
 
     def gates(self, flat_BA: Tensor) -> Gates:
         """Relaxed plans from flat numbers in [0, 1]."""
@@ -185,8 +188,17 @@ class Decider:
         """Choose both levels in turn: by drawing; or every unit whose logit is positive. Under the ``fill`` rule the
         most confident tokens, as many as are expected; on the last level that is decided every unit, for ``fit`` to
         drop the least confident of them."""
+        return self._decide(read, sample, shift_last=True)
+
+    def plan(self, read: Budgeted) -> Masks:
+        """What ``fit`` makes of what ``decide`` chooses without drawing, for less: the last level's shift is not
+        sought, since its units leave in the same order without."""
+        return self.fit(read, self._decide(read, sample=False, shift_last=False))
+
+    def _decide(self, read: Budgeted, sample: bool, shift_last: bool) -> Decisions:
         encoding = read.encoding
-        token_logits_BN = self.token_logits(read)
+        shift_tokens = shift_last or self.decides_llm
+        token_logits_BN = self.token_logits(read) if shift_tokens else self.controller.token_logits(read.reading)
         free_BN = self.free(encoding)[:, self.layout.level1]
         if sample:
             kept_BN = _draw(token_logits_BN)
@@ -198,7 +210,7 @@ class Decider:
         else:
             kept_BN = torch.ones_like(free_BN)
         kept_BN = (kept_BN | ~self.free_A[self.layout.level1]) & encoding.visual_valid_BN
-        llm_logits = self.llm_logits(read, kept_BN)
+        llm_logits = self.llm_logits(read, kept_BN) if shift_last else self._unshifted_llm_logits(read, kept_BN)
         if sample:
             kept = _draw(llm_logits)
         else:

@@ -45,8 +45,7 @@ class ControllerPlanner:
 
     @torch.no_grad()
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        read = self.decider.read(encoding, budgets_B)
-        return self.decider.fit(read, self.decider.decide(read, sample=False))
+        return self.decider.plan(self.decider.read(encoding, budgets_B))
 
     def controller_flops(self, encoding: Encoding) -> Tensor:
         return self.decider.controller_flops(encoding)

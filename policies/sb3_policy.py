@@ -111,7 +111,8 @@ class TwoLevelPolicy(ActorCriticPolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Actions that fit their budgets."""
         read = self._read(observation)
-        masks = self.decider.fit(read, self.decider.decide(read, sample=not deterministic))
+        decider = self.decider
+        masks = decider.plan(read) if deterministic else decider.fit(read, decider.decide(read, sample=True))
         return self.backbone.layout.flatten(masks).to(torch.int8)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:

@@ -132,6 +132,24 @@ def test_filling_plans_spend_their_budgets_in_the_mean(smallest, axes):
     assert (used <= budget).all() and float(used.mean()) > budget - 0.2
 
 
+@pytest.mark.parametrize("rule", ["threshold", "fill"])
+@pytest.mark.parametrize("axes", [AXES, ("tokens",), ("heads", "layers")])
+def test_a_plan_is_the_most_confident_decision_in_its_budget(small, source, rule, axes):
+    """Though the shift of the last level is not sought for it."""
+    decider = decider_of(small, rule=rule, axes=axes)
+    encoding = EncodingBank(small, source).gather(list(range(8)))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(decider.controller.llm_head.weight)
+    plans = []
+    for budget in (0.6, 0.8, 0.95):
+        read = decider.read(encoding, torch.full((8,), budget, dtype=torch.float64))
+        with torch.no_grad():
+            plans.append(small.layout.flatten(decider.plan(read)))
+            decided = decider.fit(read, decider.decide(read, sample=False))
+        assert torch.equal(plans[-1], small.layout.flatten(decided))
+    assert not torch.equal(plans[0], plans[-1]), "the budget decides nothing"
+
+
 def test_a_transition_on_the_layout_of_llava_takes_at_most_four_kibibytes(small, source):
     """1,632 bits: 576 visual tokens, 32 layers of 32 heads. Null: bits as SB3 keeps them by default, in float32."""
     layout = MaskLayout(576, 32, 32)
