@@ -147,7 +147,7 @@ class Decider:
             free_BN = free_BA[:, self.layout.level1]
             return fill(logits_BN, free_BN, partial(self._tokens_alone, encoding), limits_B, temperature)
         # What the second level would do with all tokens says how the budget is split.
-        whole = self.controller.llm_logits(read.reading, valid_BN.float(), self.budget_left(read, valid_BN))
+        whole = self._unshifted_llm_logits(read, valid_BN)
 
         def price(gates_BA: Tensor) -> Tensor:
             return self.flops(encoding, self.gates(gates_BA))
@@ -164,7 +164,6 @@ class Decider:
             tokens_BN: the tokens kept: bool, or relaxed if gradients are to reach level 1 through level 2.
             temperature: of relaxed plans.
         """
-        tokens_BN = tokens_BN if tokens_BN.is_floating_point() else tokens_BN.float()
         logits = self._unshifted_llm_logits(read, tokens_BN)
         if not self.fills or not self.decides_llm:
             return logits
@@ -176,7 +175,7 @@ class Decider:
         return fill(logits, free, price, read.limits_B, temperature)
 
     def _unshifted_llm_logits(self, read: Budgeted, tokens_BN: Tensor) -> Tensor:
-        return self.controller.llm_logits(read.reading, tokens_BN.float(), self.budget_left(read, tokens_BN))
+        return self.controller.llm_logits(read.reading, tokens_BN, self.budget_left(read, tokens_BN))
 
     def gates(self, flat_BA: Tensor) -> Gates:
         """Relaxed plans from flat numbers in [0, 1]."""
