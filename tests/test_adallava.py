@@ -59,8 +59,6 @@ def test_without_noise_the_best_are_kept():
 
 @pytest.mark.parametrize("variant", ["l", "h"])
 def test_a_batch_is_its_rows_and_the_budget_is_met(backbone, bank, variant):
-    if any(layer > 0 for layer in backbone.layout.protected_layers):
-        pytest.skip("protects more than the prefix")
     encoding = bank.gather(ROWS)
     planner = planner_for(backbone, variant)
     budgets = torch.tensor([0.55, 0.65, 0.7, 0.8, 0.9, 1.0], dtype=torch.float64)
