@@ -213,6 +213,8 @@ class Trainer:
                 signals.obey(self.save)
                 if not self._recent:
                     self._between_lines()
+                    if self.journal.settling.settled:
+                        break
                 self._recent.append(self.step())
                 bar.update(self.config.batch_size)
                 if len(self._recent) == LOG_EVERY or self.queries >= total:
@@ -221,6 +223,7 @@ class Trainer:
                     self.journal.write(self.queries, means)
                     self._recent = []
             self.journal.validate(self.queries, self.controller)
+            self.journal.end(self.queries)
             self.save()
 
     def cost_gap(self) -> list[tuple[str, str, str]]:

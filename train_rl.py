@@ -26,6 +26,7 @@ from eval import cli
 from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
 from eval.determinism import deterministic
 from eval.runs import RunFolder
+from eval.settling import Settled
 from eval.stopping import StopSignals
 from eval.timing import how_to_calibrate, load_latency_model
 from eval.tracking import Tracker
@@ -54,8 +55,10 @@ class RLConfig(ControllerRunConfig):
     total_queries: int = 15_000
     """Queries to draw in training (rounded up to whole rollouts), each with a budget; answered under
     `plans-per-query` plans."""
-    validate_every: int = 2500
+    validate_every: int = 1000
     """Queries between validations."""
+    validate_queries: int = 250
+    """Queries in a validation, each at every one of `test-budgets`."""
     checkpoint_every: int = 2500
     """Queries between checkpoints."""
     learning_rate: float = 1e-3
@@ -228,6 +231,8 @@ class RunCallback(BaseCallback):
         if self.journal.due_checkpoint(self.queries):
             self.save()
         self.signals.obey(self.save)
+        if self.journal.settling.settled:
+            raise Settled
 
     def _on_training_end(self) -> None:
         self.journal.clock.end_update()
@@ -305,10 +310,13 @@ def train(
         if remaining > 0:
             try:
                 model.learn(remaining, callback, reset_num_timesteps=model._last_obs is None)
+            except Settled:
+                pass
             except InputError as error:
                 raise InputError(f"{error}; after {callback.queries} queries, the last checkpoint is kept") from error
             finally:
                 callback.bar.close()
+            journal.end(callback.queries)
             callback.save()
     assert isinstance(model.policy, TwoLevelPolicy)
     return model.policy.controller, venv.core.backbone, callback.tuning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,12 +12,13 @@ from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
 from backbones.masks import AXES, check_axes
 from backbones.survivors import Survivors
-from envs import load_queries
+from envs import DatasetQueries, load_queries
 from eval import report
 from eval.cli import Placement
 from eval.clock import TrainingClock, throughput
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.runs import RunFolder
+from eval.settling import Settling
 from eval.timing import first_queries
 from eval.tracking import Tracker
 from policies.baselines import FullPlanner, Planner, RandomPlanner
@@ -86,12 +88,15 @@ class ControllerRunConfig(Placement):
     """Queries between validations."""
     validate_queries: int = 500
     """Queries in a validation."""
+    patience: int = 3
+    """Validations in a row without more right answers, or clearly fewer FLOPs, after which the training ends, before
+    `total-queries`. 0: it goes on to the end, as comparisons of trainings need."""
     checkpoint_every: int = 10_000
     """Queries between checkpoints."""
     test_budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Budgets of the final table."""
-    test_queries: int | None = None
-    """Queries of the test split to use; all by default."""
+    test_queries: int | None = 1000
+    """Queries of the test split in the final table, spread over it. None: all."""
     wandb: str | None = None
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
@@ -117,6 +122,8 @@ class ControllerRunConfig(Placement):
         self.check_at_least_one("total_queries", "width", "validate_every", "validate_queries", "checkpoint_every")
         if self.test_queries is not None:
             self.check_at_least_one("test_queries")
+        if self.patience < 0:
+            raise InputError(f"--patience is {self.patience}; it must be at least 1, or 0 for no early end")
         for name in ("initial_spread", "token_spread"):
             spread = getattr(self, name)
             if spread is not None and not 0 <= spread < 1000:
@@ -194,9 +201,11 @@ class RunJournal:
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
-        load_queries(config.data, "test", config.test_queries)  # a split that cannot be used is met before the training
+        test_queries(config)  # a split that cannot be used is met before the training
         self._check_reach()
         self.lines = 0
+        self.settling = Settling(config.patience)
+        self.validated: int | None = None
         self.clock = TrainingClock(backbone.device)
         self.next_validation, self.next_checkpoint = config.validate_every, 0
 
@@ -221,13 +230,17 @@ class RunJournal:
         self.tracker.log(queries, metrics)
 
     def validate(self, queries: int, controller: Controller) -> None:
-        """A line with accuracy and FLOPs on the validation split at each budget."""
+        """A line with accuracy and FLOPs on the validation split at each budget, unless these queries have one."""
+        if self.validated == queries:
+            return
         self.clock.pause()
         training = controller.training
         planner = planner_of(controller, self.backbone, self.name)
         budgets = self.config.test_budgets
         found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
         records = [outcome.record for outcome in found]
+        self.settling.see(records)
+        self.validated = queries
         controller.train(training)
         kept = ("accuracy", "llm_flops_ratio", "budget_violations")
         self.write(queries, {"validation": {str(r["budget"]): {name: r[name] for name in kept} for r in records}})
@@ -248,21 +261,37 @@ class RunJournal:
             self.next_checkpoint = queries + self.config.checkpoint_every
         return due
 
-    def state(self) -> dict[str, int]:
+    def end(self, queries: int) -> None:
+        """Say so, if the training ends before its last query."""
+        if self.settling.settled and queries < self.config.total_queries:
+            done = f"{queries:,} of {self.config.total_queries:,} queries"
+            without = f"{self.config.patience} validations in a row without a gain"
+            print(f"settled after {done}: {without}; to go on, add --resume --patience 0", file=sys.stderr)
+
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {
             "lines": self.lines,
             "next_validation": self.next_validation,
             "next_checkpoint": self.next_checkpoint,
+            "validated": self.validated,
+            "settling": self.settling.state(),
         }
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Continue from there; later lines are dropped."""
-        self.lines = state["lines"]
+        self.lines, self.validated = state["lines"], state.get("validated")
+        if "settling" in state:  # not in checkpoints of earlier versions
+            self.settling.load_state(state["settling"])
         self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
         self.folder.truncate_metrics(self.lines)
         timing = self.folder.timing()
         self.clock.go_on_from(timing[-1] if timing else {"seconds": 0.0})
+
+
+def test_queries(config: ControllerRunConfig) -> DatasetQueries:
+    """What the final table is measured on."""
+    return load_queries(config.data, "test").spread(config.test_queries)
 
 
 def conclude(
@@ -280,7 +309,7 @@ def conclude(
     if tuning is not None:
         tuning.save(folder.model)
     save_controller(controller, folder.path, backbone)
-    bank = EncodingBank(backbone, load_queries(config.data, "test", config.test_queries))
+    bank = EncodingBank(backbone, test_queries(config))
     axes, layout = check_axes(config.axes), config.laying_out()
     even: Planner = EvenPlanner(backbone, axes=axes)
     if Survivors.asked(0, **layout) is not None:

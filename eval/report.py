@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from backbones.atomic import write_atomically
 
 Record = dict[str, Any]
+
+INTERVAL = "accuracy_interval"
+"""Column of tables, no field of records: how far the 95 % interval reaches from the accuracy, on its wider side."""
 
 COLUMNS = (
     ("policy", "policy", "{}"),
@@ -20,7 +24,7 @@ COLUMNS = (
     ("keep", "keep", "{:.3g}"),
     ("budget", "budget", "{:.2f}"),
     ("accuracy", "accuracy %", "{:.2%}"),
-    ("accuracy_stderr", "± %", "{:.2%}"),
+    (INTERVAL, "± %", "{:.2%}"),
     ("llm_flops_ratio", "LLM FLOPs %", "{:.1%}"),
     ("total_flops_ratio", "total FLOPs %", "{:.1%}"),
     ("budget_violations", "over budget", "{}"),
@@ -34,12 +38,26 @@ COLUMNS = (
 
 def table(records: Sequence[Record]) -> str:
     """Records as an aligned Markdown table, with the columns that some record has."""
+    records = [{**record, INTERVAL: max(errors(record))} if "accuracy" in record else record for record in records]
     shown = [column for column in COLUMNS if any(column[0] in record for record in records)]
     rows = [[head for _, head, _ in shown]]
     for record in records:
         cells = [form.format(record[key]) if key in record else "" for key, _, form in shown]
         rows.append([cell.replace("%", "") for cell in cells])
     return markdown(rows)
+
+
+def errors(record: Record) -> tuple[float, float]:
+    """How far below and above its accuracy a record's 95 % Wilson interval reaches.
+
+    Unlike the standard error it does not vanish where all of a few answers are right. It also holds for partial scores,
+    which between 0 and 1 vary no more than right and wrong ones do. Queries count as independent.
+    """
+    from statsmodels.stats.proportion import proportion_confint  # takes a second to import
+
+    accuracy, n = record["accuracy"], record["n"]
+    low, high = proportion_confint(accuracy * n, n, method="wilson")
+    return max(0.0, accuracy - low), max(0.0, high - accuracy)
 
 
 POINTS = ("score",)
@@ -81,12 +99,12 @@ def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
         own = sorted((record for record in records if record["policy"] == policy), key=lambda r: r["llm_flops_ratio"])
         x = [100 * record["llm_flops_ratio"] for record in own]
         y = [100 * record["accuracy"] for record in own]
-        errors = [196 * record["accuracy_stderr"] for record in own]
+        bars = 100 * np.array([errors(record) for record in own]).T
         if len(own) == 1:
             axes.axhline(y[0], color="0.5", linestyle="--", linewidth=1, zorder=0)
-            axes.errorbar(x, y, errors, marker="*", markersize=12, capsize=3, label=policy, color="0.2", zorder=5)
+            axes.errorbar(x, y, bars, marker="*", markersize=12, capsize=3, label=policy, color="0.2", zorder=5)
         else:
-            axes.errorbar(x, y, errors, marker="o", capsize=3, label=policy)
+            axes.errorbar(x, y, bars, marker="o", capsize=3, label=policy)
     first = records[0]
     axes.set(xlabel="LLM FLOPs spent (% of the full plan, controller included)", ylabel="accuracy (%)")
     axes.set_title(f"{first['backbone']} on {first['data']} ({first['split']}, n = {first['n']:,})")

@@ -219,6 +219,7 @@ class Experiment(cli.Placement):
         twelfth = max(1, self.total_queries // 12)
         options = ["--backbone", self.backbone, "--data", self.data, "--total-queries", str(self.total_queries)]
         options += ["--validate-every", str(max(1000, twelfth)), "--checkpoint-every", str(twelfth)]
+        options += ["--patience", "0"]  # the same queries for each
         options += ["--test-queries", "100", "--test-budgets", *map(str, self.budgets)]
         options += ["--device", self.device, "--dtype", self.dtype]
         if self.wandb is not None:
