@@ -1,4 +1,4 @@
-.PHONY: check format types test docs train audit
+.PHONY: check format types test test-slow test-all docs train audit
 
 check: ## Lint, format check and types, as CI runs them
 	ruff check .
@@ -9,8 +9,14 @@ format: ## Mend what can be mended by machine
 	ruff check --fix .
 	ruff format .
 
-test: ## The README's test command
+test: ## The README's test command: the fast tests
 	pytest
+
+test-slow: ## The others, on all cores
+	pytest -m slow -n auto
+
+test-all: ## Both
+	pytest -m "slow or not slow" -n auto
 
 audit: ## Licences of what is installed; known vulnerabilities where pip-audit is, and its service answers
 	python -m tests.audit

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
 from functools import partial
+
+# One thread, also in processes that tests start: several wait for each other, spinning, where cores are busy. To be
+# said before NumPy and torch are imported.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import numpy as np
 import pytest
@@ -19,6 +25,15 @@ from backbones.tiny import build_tiny
 from envs.queries import DatasetQueries
 from eval import cli
 from tests.families import BUILDERS, build_family
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tests are paid for in CPU-seconds, which a busy machine changes little."""
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ or terminalreporter.config.getoption("numprocesses", None):
+        return  # the workers' are not known here
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    terminalreporter.write_line(f"{sum(each.ru_utime + each.ru_stime for each in used):.0f} CPU-seconds")
+
 
 SHAPES = ((16, 16), (20, 44), (40, 30), (64, 20))
 WORDS = ["what color is the shape ?", "is there a red circle in the image ?", "yes no red green blue circle"]
