@@ -26,9 +26,11 @@ from backbones import Backbone, EncodingBank, InputError, load_backbone
 from backbones.families.llava import LlavaFamily
 from backbones.tiny import build_tiny
 from backbones.tiny_vision import said_labels, train_vision
+from envs.answer_length import say_cuts
 from envs.queries import DatasetQueries, load_queries
 from envs.scoring import reference
 from eval import cli
+from eval.answering import Answering
 from eval.determinism import deterministic
 from eval.evaluate import evaluate
 from eval.runs import RunFolder
@@ -40,7 +42,7 @@ from policies.muon import MuonAdamW
 
 
 @dataclasses.dataclass
-class BackboneConfig:
+class BackboneConfig(Answering):
     """Train a VLM under random plans and save it in Hugging Face format.
 
     Examples:
@@ -102,6 +104,7 @@ def check(config: BackboneConfig) -> None:
     Raises:
         InputError: naming the option, its value and what it must be.
     """
+    config.check_cut()
     positive = ("steps", "images", "questions", "validate_every", "vision_images")
     rules = [(name, getattr(config, name) >= 1, "at least 1") for name in positive]
     rules += [
@@ -185,8 +188,11 @@ def optimizer(config: BackboneConfig, backbone: Backbone) -> MuonAdamW | None:
 class Journal(TrainerCallback):
     """Validates and writes a line to the run folder whenever the trainer logs."""
 
-    def __init__(self, folder: RunFolder, backbone: Backbone, validation: DatasetQueries):
+    def __init__(
+        self, folder: RunFolder, backbone: Backbone, validation: DatasetQueries, max_new_tokens: int | None = None
+    ):
         self.folder, self.backbone, self.validation = folder, backbone, validation
+        self.max_new_tokens = max_new_tokens
         self.began = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -195,18 +201,21 @@ class Journal(TrainerCallback):
         if "train_runtime" in logs and state.global_step < state.max_steps:  # stopped: the line is not complete
             return
         parts = {name: round(logs[name], 4) for name in ("full", "pruned", "divergence") if name in logs}
-        measured = validate(self.backbone, self.validation)
+        measured = validate(self.backbone, self.validation, self.max_new_tokens)
         self.folder.log(step=state.global_step, seconds=round(time.time() - self.began, 1), **parts, **measured)
 
 
-def validate(backbone: Backbone, queries: DatasetQueries, limit: int = 1000) -> dict[str, float]:
+def validate(
+    backbone: Backbone, queries: DatasetQueries, max_new_tokens: int | None = None, limit: int = 1000
+) -> dict[str, float]:
     """Validation accuracy of the full plan and of random plans at half and a quarter of the FLOPs, on ``limit`` queries
     spread over the split."""
     training = backbone.model.training
     backbone.model.eval()
     bank = EncodingBank(backbone, queries.spread(limit))
-    full = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), progress=False)
-    pruned = evaluate(RandomPlanner(backbone), backbone, bank, (0.5, 0.25), progress=False)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": False}
+    full = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), **how)
+    pruned = evaluate(RandomPlanner(backbone), backbone, bank, (0.5, 0.25), **how)
     backbone.model.train(training)
     return {
         "accuracy_full": full[0]["accuracy"],
@@ -269,6 +278,8 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
     first = leads()
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     backbone = build(config, train)
+    if first:
+        say_cuts(backbone, [validation], config.max_new_tokens)
     options = trainer_options(config, folder)
     checkpoint = next(reversed(checkpoints(folder.checkpoints)), None) if config.resume else None
     if checkpoint is None and first:
@@ -291,7 +302,7 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
         options,
         lora_config(backbone, config.lora_rank) if config.lora_rank else None,
         optimizers=(optimizer(config, backbone), None),
-        callbacks=[Journal(folder, backbone, validation), Stopping(signals)],
+        callbacks=[Journal(folder, backbone, validation, config.max_new_tokens), Stopping(signals)],
     )
     with signals:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

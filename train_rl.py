@@ -130,6 +130,7 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "reward": config.reward,
         "reward_seconds": config.reward_seconds,
         "budgets": config.budgets,
+        "max_new_tokens": config.max_new_tokens,
         **config.laying_out(),
         "controller_flops": TwoLevelController(sizes).flops,
         "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
@@ -296,7 +297,7 @@ def train(
 ) -> tuple[TwoLevelController, Backbone, JointTuning | None]:
     """Train, or finish training, in ``folder``."""
     model, venv = build(config)
-    journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl")
+    journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl", venv.core.source)
     with StopSignals(waits=True) as signals:
         callback = RunCallback(config, journal, venv, signals)
         if config.resume:

@@ -270,6 +270,13 @@ class QueryEncoder:
         with self._one_by_one:
             return tuple(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
 
+    def answer_lengths(self, answers: Sequence[str]) -> list[int]:
+        """How many ids ``answer_ids`` has for each of many answers."""
+        if not answers:
+            return []
+        with self._one_by_one:
+            return [len(ids) for ids in self.processor.tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
+
     def answer_text(self, ids: Sequence[int]) -> str:
         """An answer of these ids, special tokens removed."""
         return self._answer_text(tuple(ids))

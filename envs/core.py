@@ -23,9 +23,10 @@ from backbones.latency_model import LatencyModel
 from backbones.loading import load_backbone
 from backbones.masks import Masks
 from backbones.survivors import Survivors
+from envs.answer_length import answer_cut
 from envs.queries import load_queries
 from envs.rewards import Reward, RewardTerms, WeightedReward
-from envs.scoring import longest_answer, reference, score
+from envs.scoring import reference, score
 
 OBSERVATIONS = ("id", "features")
 OVERFLOW = "look at its weights, or give --dtype a wider type"
@@ -53,7 +54,7 @@ class MaskingCore:
         observation: ``"id"``: the query's number in the bank; ``"features"``: its visual tokens and text embeddings.
         controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
             text tokens.
-        max_new_tokens: answers are cut there; by default where the data's scoring has them cut, else at one token.
+        max_new_tokens: answers are cut there; by default as ``envs.answer_length.cut_of`` has it.
         latency_model: predicts prefill times, for rewards that ask for them.
         positions: how the kept tokens are laid out; see ``backbones.survivors``.
         merge: whether dropped tokens are averaged into kept ones.
@@ -89,7 +90,7 @@ class MaskingCore:
         self.budgets = (float(budgets[0]), float(budgets[1]))
         self.observation = observation
         self.controller_flops = controller_flops
-        self.max_new_tokens = longest_answer(self.source) if max_new_tokens is None else max_new_tokens
+        self.max_new_tokens = answer_cut(self.backbone, self.source, max_new_tokens)
         check_count("max_new_tokens", self.max_new_tokens)
         self.latency_model = latency_model
         self.layout = self.backbone.layout

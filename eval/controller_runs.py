@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from backbones import Backbone, EncodingBank
+from backbones.encoding import QuerySource
 from backbones.errors import InputError
 from backbones.masks import AXES, check_axes
 from backbones.survivors import Survivors
 from envs import load_queries
+from envs.answer_length import say_cuts
 from eval import report
+from eval.answering import Answering
 from eval.cli import Placement
 from eval.clock import TrainingClock, throughput
 from eval.evaluate import Record, check_budgets, outcomes_met
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class ControllerRunConfig(Placement):
+class ControllerRunConfig(Placement, Answering):
     """Options of every training of a controller."""
 
     backbone: str = "tiny"
@@ -110,6 +113,7 @@ class ControllerRunConfig(Placement):
         """
         check_axes(self.axes)
         check_budgets(self.test_budgets)
+        self.check_cut()
         if "tokens" not in self.axes and self.merge:
             raise InputError(f"--merge has no effect where --axes are {' '.join(self.axes)}; leave it out")
         if self.initial_plan is not None and self.init_from is not None:
@@ -188,14 +192,26 @@ class RunJournal:
         backbone: answers in validations.
         tracker: further place for metrics.
         name: of the policy, in records.
+        answered: the training's queries, if it answers them.
     """
 
-    def __init__(self, config: ControllerRunConfig, folder: RunFolder, backbone: Backbone, tracker: Tracker, name: str):
+    def __init__(
+        self,
+        config: ControllerRunConfig,
+        folder: RunFolder,
+        backbone: Backbone,
+        tracker: Tracker,
+        name: str,
+        answered: QuerySource | None = None,
+    ):
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
-        load_queries(config.data, "test", config.test_queries)  # a split that cannot be used is met before the training
+        # a split that cannot be used is met before the training
+        test = load_queries(config.data, "test", config.test_queries)
         self._check_reach()
+        splits: list[QuerySource] = [validation, test]
+        say_cuts(backbone, splits if answered is None else [answered, *splits], config.max_new_tokens)
         self.lines = 0
         self.clock = TrainingClock(backbone.device)
         self.next_validation, self.next_checkpoint = config.validate_every, 0
@@ -226,7 +242,8 @@ class RunJournal:
         training = controller.training
         planner = planner_of(controller, self.backbone, self.name)
         budgets = self.config.test_budgets
-        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
+        how: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "progress": False}
+        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, **how)
         records = [outcome.record for outcome in found]
         controller.train(training)
         kept = ("accuracy", "llm_flops_ratio", "budget_violations")
@@ -291,7 +308,8 @@ def conclude(
     records: list[Record] = []
     for planner in [*untrained, planner_of(controller, backbone, name)]:
         budgets = below if planner in untrained else config.test_budgets
-        found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed)
+        cut = config.max_new_tokens
+        found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed, max_new_tokens=cut)
         records += [outcome.record for outcome in found]
         for reason in gaps.values():
             print(f"{planner.name} left out: {reason}")

@@ -9,8 +9,9 @@ import torch
 
 from backbones import Backbone, EncodingBank
 from backbones.atomic import write_atomically
+from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
-from envs.scoring import longest_answer, score
+from envs.scoring import score
 from eval.experiment.cells import TIME, Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
@@ -43,6 +44,7 @@ class Report:
         budgets: in rising order.
         backbone: plans and answers the gallery's queries.
         queries: of the test split.
+        max_new_tokens: as in ``outcomes``.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Report:
         budgets: Sequence[float],
         backbone: Backbone,
         queries: DatasetQueries,
+        max_new_tokens: int | None = None,
     ):
         self.name, self.folder, self.cells, self.budgets = name, folder, cells, budgets
         self.backbone, self.queries = backbone, queries
+        self.cut = answer_cut(backbone, queries, max_new_tokens)
         self.results = collect(cells)
         self.found = estimates(self.results, queries.kinds)
         compared = comparisons(self.results, pairs(name), budgets)
@@ -173,7 +177,7 @@ class Report:
         """What a planner keeps for every query of a small bank."""
         encoding = bank.gather(range(len(bank)))
         budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=self.backbone.device)
-        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B), longest_answer(bank.source))
+        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B), self.cut)
         rows = []
         for row in range(len(encoding)):
             valid_N = encoding.visual_valid_BN[row].cpu().numpy()
