@@ -131,6 +131,7 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "reward_seconds": config.reward_seconds,
         "budgets": config.budgets,
         "max_new_tokens": config.max_new_tokens,
+        "max_failed": config.max_failed,
         **config.laying_out(),
         "controller_flops": TwoLevelController(sizes).flops,
         "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
@@ -248,7 +249,7 @@ class RunCallback(BaseCallback):
         self.bar.set_postfix(reward=f"{means['reward']:.3f}", accuracy=f"{means['accuracy']:.3f}")
         if self.tuning is not None:
             update["tuning_loss"] = self._tuning_loss
-        self.journal.write(self.queries, {**means, **update})
+        self.journal.write(self.queries, {**means, **update, **self.venv.core.left_out.metrics()})
 
     def _controller(self) -> TwoLevelController:
         assert isinstance(self.model.policy, TwoLevelPolicy)
@@ -311,6 +312,7 @@ def train(
             finally:
                 callback.bar.close()
             callback.save()
+    venv.core.left_out.say()
     assert isinstance(model.policy, TwoLevelPolicy)
     return model.policy.controller, venv.core.backbone, callback.tuning
 

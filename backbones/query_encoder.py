@@ -168,21 +168,14 @@ class QueryEncoder:
             InputError: a question that holds the image token, or a prompt longer than the model's context; the message
                 names the query.
         """
-        prompts = self._prompts(questions, ids)
-        more = continuations if continuations is not None else [[]] * len(prompts)
+        more = continuations if continuations is not None else [[]] * len(questions)
+        prompts, lengths = self.fitting(questions, [image.span for image in images], ids, list(map(len, more)))
         starts = [len(before) for before, _ in prompts]
         rows = [
             _lay_out_text(before, image, after + new)
             for (before, after), image, new in zip(prompts, images, more, strict=True)
         ]
         longest = max(len(text_ids) for text_ids, _ in rows)
-        lengths = [len(text_ids) + len(image.visual_nD) for (text_ids, _), image in zip(rows, images, strict=True)]
-        if max(lengths) >= self.max_positions:
-            asked = query_named(ids, lengths.index(max(lengths)))
-            raise InputError(
-                f"the prompt of {asked} has {max(lengths)} tokens with its image; "
-                f"the model's context has {self.max_positions} positions: shorten the question"
-            )
         device = images[0].visual_nD.device
         embed: Any = self.family.decoder.embed_tokens
         counts_B = torch.tensor([len(image.visual_nD) for image in images])
@@ -211,6 +204,33 @@ class QueryEncoder:
             answers=answers or [],
             saliency=stack([image.saliency for image in images], self.layout.tokens),
         )
+
+    def fitting(
+        self, questions: Sequence[str], spans: Sequence[int], ids: Sequence[str] | None, room: Sequence[int]
+    ) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+        """Each prompt's ids before and after its image, and how many tokens it has with image and room.
+
+        Args:
+            questions: B questions.
+            spans: places of each one's image.
+            ids: the queries' ids, for messages.
+            room: places to keep behind each prompt.
+
+        Raises:
+            InputError: as ``assemble``.
+        """
+        prompts = self._prompts(questions, ids)
+        lengths = [
+            len(before) + span + len(after) + more
+            for (before, after), span, more in zip(prompts, spans, room, strict=True)
+        ]
+        if max(lengths) >= self.max_positions:
+            asked = query_named(ids, lengths.index(max(lengths)))
+            raise InputError(
+                f"the prompt of {asked} has {max(lengths)} tokens with its image; "
+                f"the model's context has {self.max_positions} positions: shorten the question"
+            )
+        return prompts, lengths
 
     def _to_layout(self, values_Bn: Tensor) -> Tensor:
         """Pad the second axis to the layout's N."""

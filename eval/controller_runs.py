@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from backbones import Backbone, EncodingBank
 from backbones.encoding import QuerySource
 from backbones.errors import InputError
+from backbones.left_out import MAX_FAILED, check_max_failed
 from backbones.masks import AXES, check_axes
 from backbones.survivors import Survivors
 from envs import load_queries
@@ -95,6 +96,9 @@ class ControllerRunConfig(Placement, Answering):
     """Budgets of the final table."""
     test_queries: int | None = None
     """Queries of the test split to use; all by default."""
+    max_failed: float = MAX_FAILED
+    """Share of the training's draws, in [0, 1), that may be of queries that fail, of unreadable images, say: they are
+    named, counted, and replaced by others. 20 draws always may, unless it is 0."""
     wandb: str | None = None
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
@@ -114,6 +118,7 @@ class ControllerRunConfig(Placement, Answering):
         check_axes(self.axes)
         check_budgets(self.test_budgets)
         self.check_cut()
+        check_max_failed("--max-failed", self.max_failed)
         if "tokens" not in self.axes and self.merge:
             raise InputError(f"--merge has no effect where --axes are {' '.join(self.axes)}; leave it out")
         if self.initial_plan is not None and self.init_from is not None:

@@ -6,6 +6,7 @@ import sys
 
 from backbones.encoding import EncodingBank
 from backbones.errors import InputError
+from backbones.left_out import failure_line
 
 MOST_LINES = 10
 
@@ -25,6 +26,6 @@ def report_failed(bank: EncodingBank, known: int = 0) -> None:
         number, reason = next(iter(bank.failed.items()))
         raise InputError(f"all {len(bank)} queries failed; the first, {bank.source.text(number)[0]!r}: {reason}")
     for id, reason in failed[:MOST_LINES]:
-        print(f"query {id!r} failed: {' '.join(reason.split())}", file=sys.stderr)
+        print(failure_line(id, reason), file=sys.stderr)
     if len(failed) > MOST_LINES:
         print(f"... and {len(failed) - MOST_LINES} more", file=sys.stderr)

@@ -33,7 +33,7 @@ LINE_NUMBERS = ("queries", "step", "reward", "seconds", "update_seconds", "peak_
 TIMED = ("queries", "seconds", "peak_memory_mb")
 """Fields of every line of timing."""
 
-NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds")
+NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds", "max_failed")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
 
