@@ -103,10 +103,10 @@ class LeftOut:
         for number, reason in failed.items():
             self._name(number, reason)
         if self.missed > (max(FEW, self.max_failed * self.drawn) if self.max_failed else 0):
-            first = next(iter(failed.values()))
             raise InputError(
-                f"{self.missed:,} of {self.drawn:,} queries drawn so far failed, more than the share "
-                f"--max-failed {self.max_failed:g} allows ({self._who()}); mend them, leave them out, or allow more; the last: {first}"
+                f"{self.missed:,} of {self.drawn:,} queries drawn so far failed, more than the share --max-failed "
+                f"{self.max_failed:g} allows ({self._who()}); mend them, leave them out, or allow more; the last: "
+                f"{next(iter(failed.values()))}"
             )
 
     def _name(self, number: int, reason: str) -> None:
