@@ -327,6 +327,7 @@ def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
     if config.resume:
         trainer.restore()
+    trainer.journal.say_cuts()
     trainer.train()
     trainer.left_out.say()
     conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)

@@ -298,11 +298,12 @@ def train(
 ) -> tuple[TwoLevelController, Backbone, JointTuning | None]:
     """Train, or finish training, in ``folder``."""
     model, venv = build(config)
-    journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl", venv.core.source)
+    journal = RunJournal(config, folder, venv.core.backbone, tracker, "rl")
     with StopSignals(waits=True) as signals:
         callback = RunCallback(config, journal, venv, signals)
         if config.resume:
             callback.restore(model)
+        journal.say_cuts(venv.core.source)
         remaining = config.total_queries * config.plans_per_query - model.num_timesteps
         if remaining > 0:
             try:

@@ -52,6 +52,7 @@ class LeftOut:
         self.drawn, self.missed = 0, 0
         self._numbers: dict[int, None] = {}  # an ordered set
         self._named: set[int] = set()
+        self._unnamed: dict[int, str] = {}
 
     @classmethod
     def of(cls, bank: EncodingBank, room: Callable[[int], int], max_failed: float = MAX_FAILED) -> LeftOut:
@@ -96,12 +97,11 @@ class LeftOut:
             InputError: more fail than may.
         """
         self.drawn += len(drawn)
-        if not failed:
-            return
         self.missed += sum(number in failed for number in drawn)
         self._numbers |= dict.fromkeys(failed)
-        for number, reason in failed.items():
-            self._name(number, reason)
+        self._unnamed |= {number: reason for number, reason in failed.items() if number not in self._named}
+        if self.missed < self.drawn:  # of data where nothing works the error says enough
+            self._name()
         if self.missed > (max(FEW, self.max_failed * self.drawn) if self.max_failed else 0):
             raise InputError(
                 f"{self.missed:,} of {self.drawn:,} queries drawn so far failed, more than the share --max-failed "
@@ -109,10 +109,12 @@ class LeftOut:
                 f"{next(iter(failed.values()))}"
             )
 
-    def _name(self, number: int, reason: str) -> None:
-        if number not in self._named and len(self._named) < MOST_NAMED:
+    def _name(self) -> None:
+        for number, reason in self._unnamed.items():
+            if len(self._named) < MOST_NAMED:
+                tqdm.write(failure_line(self._id_of(number), reason), file=sys.stderr)
             self._named.add(number)
-            tqdm.write(failure_line(self._id_of(number), reason), file=sys.stderr)
+        self._unnamed = {}
 
     def _who(self) -> str:
         return queries_named([self._id_of(number) for number in self.numbers[:4]])

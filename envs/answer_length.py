@@ -149,8 +149,9 @@ def _tokens(count: int) -> str:
 
 
 def say_cuts(backbone: Tokenizes, sources: Sequence[QuerySource], given: int | None = None) -> None:
-    """A line on standard error for where the answers to some queries are cut; sources alike share one."""
-    said: set[int] = set()
+    """A line on standard error for where the answers to some queries are cut; sources alike share one. Nothing where
+    answers are their first token, and can all be right so."""
+    said = {1}
     for source in sources:
         cut = cut_of(backbone, source, given)
         if cut.out_of_reach or cut.tokens not in said:

@@ -197,26 +197,15 @@ class RunJournal:
         backbone: answers in validations.
         tracker: further place for metrics.
         name: of the policy, in records.
-        answered: the training's queries, if it answers them.
     """
 
-    def __init__(
-        self,
-        config: ControllerRunConfig,
-        folder: RunFolder,
-        backbone: Backbone,
-        tracker: Tracker,
-        name: str,
-        answered: QuerySource | None = None,
-    ):
+    def __init__(self, config: ControllerRunConfig, folder: RunFolder, backbone: Backbone, tracker: Tracker, name: str):
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
         # a split that cannot be used is met before the training
-        test = load_queries(config.data, "test", config.test_queries)
+        self.test = load_queries(config.data, "test", config.test_queries)
         self._check_reach()
-        splits: list[QuerySource] = [validation, test]
-        say_cuts(backbone, splits if answered is None else [answered, *splits], config.max_new_tokens)
         self.lines = 0
         self.clock = TrainingClock(backbone.device)
         self.next_validation, self.next_checkpoint = config.validate_every, 0
@@ -233,6 +222,10 @@ class RunJournal:
         if max(self.config.test_budgets) < least:
             given = " ".join(f"{budget:g}" for budget in self.config.test_budgets)
             raise InputError(f"--test-budgets {given} can never be met; the least budget here is {least:.4f}")
+
+    def say_cuts(self, *answered: QuerySource) -> None:
+        """Where answers are cut: in the training, if it answers queries, in validations, and in the final table."""
+        say_cuts(self.backbone, [*answered, self.validation.source, self.test], self.config.max_new_tokens)
 
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
         """One line of metrics after so many queries."""
