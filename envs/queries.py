@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,10 @@ class DatasetQueries:
             return self
         inside = np.random.default_rng(0).random(limit)
         return self._only(((np.arange(limit) + inside) * (len(self) / limit)).astype(int).tolist())
+
+    def without(self, numbers: Collection[int]) -> DatasetQueries:
+        """All but some, by number."""
+        return self._only([number for number in range(len(self)) if number not in numbers]) if numbers else self
 
     def _has_all(self, limit: int) -> bool:
         if limit < 1:

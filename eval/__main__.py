@@ -21,6 +21,7 @@ from eval.bench import bench, bench_table
 from eval.demo.command import Demo
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.experiment.command import Experiment
+from eval.failures import working
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import question_only_accuracy
@@ -218,8 +219,7 @@ class Elasticity(cli.Placement, Answering):
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         backbone = self.load(self.backbone)
         train, test = (load_queries(self.data, split) for split in ("train", "test"))
-        test = test.spread(self.limit)
-        bank = EncodingBank(backbone, test)
+        bank, test = working(backbone, test.spread(self.limit))
         cut = self.max_new_tokens
         say_cuts(backbone, [test], cut)
         kinds = elasticity.accuracy_by_kind(backbone, bank, test, cut)

@@ -25,6 +25,7 @@ from eval import cli, report
 from eval.answering import Answering
 from eval.elasticity import room_for_choice
 from eval.evaluate import Record, check_budgets, evaluate, outcomes
+from eval.failures import working
 from eval.policies import backbone_of, load_planner
 from eval.report import markdown
 from policies.baselines import Planner, notes_of, signals_of
@@ -75,7 +76,7 @@ class Audit(cli.Placement, Answering):
         planner = load_planner(self.policy, backbone, self.seed)
         if not planner.budgeted:
             raise cli.InputError(f"policy {self.policy!r} does not follow budgets; name one that does")
-        bank, cut = EncodingBank(backbone, queries), self.max_new_tokens
+        (bank, queries), cut = working(backbone, queries), self.max_new_tokens
         say_cuts(backbone, [queries], cut)
         records = audit(planner, backbone, bank, queries, self.budgets, self.seed, cut)
         if self.static is not None:

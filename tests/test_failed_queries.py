@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
+import eval.__main__ as eval_main
 import train_backbone
 import train_gumbel
 import train_rl
@@ -408,3 +409,22 @@ def test_what_was_mended_is_used_by_a_resumed_environment(small, source, broken_
     for _ in range(10):
         numbers |= set(again.step(np.ones((12, small.layout.size), np.int8))[0]["query"][:, 0].tolist())
     assert mended in numbers and mended in again.core.left_out.numbers
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["audit even --plans 2 --budgets 0.7", "elasticity --plans 2 --oracle-queries 4", "search-static --tries 2 --out"],
+    ids=lambda options: options.split()[0],
+)
+def test_other_commands_leave_out_what_fails(monkeypatch, place, broken, tmp_path, capsys, options):
+    # what the question alone says takes long, and shows no image
+    monkeypatch.setattr(eval_main, "question_only_accuracy", lambda *_, **__: np.zeros(1))
+    out = [tmp_path / "static.json"] if options.endswith("--out") else ["--json", tmp_path / "records.json"]
+    command(monkeypatch, eval_main.main, *options.split(), *out, "--backbone", place / "vlm", "--data", broken)
+    error = capsys.readouterr().err
+    assert all(error.count(f"query 'q{number}' failed: ") == 1 for number in BROKEN)
+    records = json.loads(out[-1].read_text())
+    if options.startswith("audit"):
+        assert {record["n"] for record in records} == {len(GOOD)}
+    if options.startswith("elasticity"):
+        assert records[0]["kinds"]["all"][1] == len(GOOD)

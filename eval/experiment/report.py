@@ -18,6 +18,7 @@ from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
 from eval.experiment.summary import ArmResult, area_of, collect, comparisons, estimates, gaps, ranked
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
+from eval.failures import working
 from eval.latency import device_name
 from eval.policies import load_planner
 from eval.runs import command_line, environment
@@ -156,8 +157,7 @@ class Report:
         measured = [result for result in ranked(self.results, self.budgets) if result.budgeted]
         measured.sort(key=lambda result: not is_ours(result.name))
         cells = [result.cells[0] for result in measured[:GALLERY_ARMS]]
-        picked = self.queries.spread(GALLERY_QUERIES)
-        bank = EncodingBank(self.backbone, picked)
+        bank, picked = working(self.backbone, self.queries.spread(GALLERY_QUERIES))
         shown: list[dict[str, dict[float, Shown]]] = [{} for _ in range(len(picked))]
         for cell in cells:
             planner = load_planner(fill(cell.arm.policy, cell, self.cells), self.backbone, cell.seed)
