@@ -24,11 +24,14 @@ from trl import SFTConfig
 
 from backbones import Backbone, EncodingBank, InputError, load_backbone
 from backbones.families.llava import LlavaFamily
+from backbones.left_out import MAX_FAILED, LeftOut, check_max_failed
 from backbones.tiny import build_tiny
 from backbones.tiny_vision import said_labels, train_vision
+from envs.answer_length import say_cuts
 from envs.queries import DatasetQueries, load_queries
 from envs.scoring import reference
 from eval import cli
+from eval.answering import Answering
 from eval.determinism import deterministic
 from eval.evaluate import evaluate
 from eval.runs import RunFolder
@@ -37,10 +40,11 @@ from policies.adapters import lora_config, save_model
 from policies.baselines import FullPlanner, RandomPlanner
 from policies.elastic import ElasticSettings, ElasticTrainer, checkpoints, step_of
 from policies.muon import MuonAdamW
+from policies.training_queries import TrainingQueries
 
 
 @dataclasses.dataclass
-class BackboneConfig:
+class BackboneConfig(Answering):
     """Train a VLM under random plans and save it in Hugging Face format.
 
     Examples:
@@ -90,6 +94,9 @@ class BackboneConfig:
     """Of weights, batches and plans."""
     validate_every: int = 200
     """Steps between validations and checkpoints."""
+    max_failed: float = MAX_FAILED
+    """Share of the queries drawn, in [0, 1), that may fail, for unreadable images, say: they are named, counted, and
+    replaced by others. 20 draws always may, unless it is 0."""
     deterministic: bool = False
     """Use only operations that give equal bits each time, and end with an error where there is none."""
     resume: bool = False
@@ -102,6 +109,8 @@ def check(config: BackboneConfig) -> None:
     Raises:
         InputError: naming the option, its value and what it must be.
     """
+    config.check_cut()
+    check_max_failed("--max-failed", config.max_failed)
     positive = ("steps", "images", "questions", "validate_every", "vision_images")
     rules = [(name, getattr(config, name) >= 1, "at least 1") for name in positive]
     rules += [
@@ -161,13 +170,16 @@ def draw(config: BackboneConfig, queries: DatasetQueries, processes: int = 1) ->
     return datasets.Dataset.from_dict({"queries": rows})
 
 
-def prepare_vision(config: BackboneConfig, backbone: Backbone, queries: DatasetQueries) -> float:
+def prepare_vision(
+    config: BackboneConfig, backbone: Backbone, queries: DatasetQueries, drawn: TrainingQueries
+) -> float:
     """Train the vision tower alone; returns its loss."""
     groups = queries.by_image()
+    group_of = {number: group for group, own in enumerate(groups) for number in own}
 
-    def pixels(picked: np.ndarray) -> Any:
-        images = [queries[groups[group][0]].image for group in picked]
-        return backbone.family.process(images, [backbone.prompt("")] * len(images))
+    def pixels(picked: np.ndarray) -> tuple[Any, np.ndarray]:
+        images, shown = zip(*(drawn.draw(groups[group][:1]) for group in picked), strict=True)
+        return backbone.pixels(images), np.array([group_of[number] for (number,) in shown])
 
     texts = [[queries.text(number) for number in group] for group in groups]
     labels = said_labels([[(question, reference(accepted)) for _, question, accepted in own] for own in texts])
@@ -185,8 +197,16 @@ def optimizer(config: BackboneConfig, backbone: Backbone) -> MuonAdamW | None:
 class Journal(TrainerCallback):
     """Validates and writes a line to the run folder whenever the trainer logs."""
 
-    def __init__(self, folder: RunFolder, backbone: Backbone, validation: DatasetQueries):
+    def __init__(
+        self,
+        folder: RunFolder,
+        backbone: Backbone,
+        validation: DatasetQueries,
+        left_out: LeftOut,
+        max_new_tokens: int | None = None,
+    ):
         self.folder, self.backbone, self.validation = folder, backbone, validation
+        self.left_out, self.max_new_tokens = left_out, max_new_tokens
         self.began = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -195,18 +215,21 @@ class Journal(TrainerCallback):
         if "train_runtime" in logs and state.global_step < state.max_steps:  # stopped: the line is not complete
             return
         parts = {name: round(logs[name], 4) for name in ("full", "pruned", "divergence") if name in logs}
-        measured = validate(self.backbone, self.validation)
+        measured = validate(self.backbone, self.validation, self.max_new_tokens) | self.left_out.metrics()
         self.folder.log(step=state.global_step, seconds=round(time.time() - self.began, 1), **parts, **measured)
 
 
-def validate(backbone: Backbone, queries: DatasetQueries, limit: int = 1000) -> dict[str, float]:
+def validate(
+    backbone: Backbone, queries: DatasetQueries, max_new_tokens: int | None = None, limit: int = 1000
+) -> dict[str, float]:
     """Validation accuracy of the full plan and of random plans at half and a quarter of the FLOPs, on ``limit`` queries
     spread over the split."""
     training = backbone.model.training
     backbone.model.eval()
     bank = EncodingBank(backbone, queries.spread(limit))
-    full = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), progress=False)
-    pruned = evaluate(RandomPlanner(backbone), backbone, bank, (0.5, 0.25), progress=False)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": False}
+    full = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), **how)
+    pruned = evaluate(RandomPlanner(backbone), backbone, bank, (0.5, 0.25), **how)
     backbone.model.train(training)
     return {
         "accuracy_full": full[0]["accuracy"],
@@ -269,6 +292,9 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
     first = leads()
     train, validation = (load_queries(config.data, split) for split in ("train", "validation"))
     backbone = build(config, train)
+    if first:
+        say_cuts(backbone, [validation], config.max_new_tokens)
+    drawn = TrainingQueries(backbone, train, config.max_failed, config.seed)
     options = trainer_options(config, folder)
     checkpoint = next(reversed(checkpoints(folder.checkpoints)), None) if config.resume else None
     if checkpoint is None and first:
@@ -277,13 +303,13 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
         folder.drop_metrics_after(step_of(checkpoint))
     if checkpoint is None and config.backbone == "scratch" and config.vision_steps:
         began = time.time()
-        loss = prepare_vision(config, backbone, train)
+        loss = prepare_vision(config, backbone, train, drawn)
         if first:
             folder.log(vision_loss=round(loss, 5), seconds=round(time.time() - began, 1))
     signals = StopSignals(waits=True)
     trainer = ElasticTrainer(
         backbone,
-        train,
+        drawn,
         draw(config, train, options.world_size),
         ElasticSettings(
             round(config.plain_share * config.steps), config.elastic_questions, config.budgets, config.seed
@@ -291,10 +317,11 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
         options,
         lora_config(backbone, config.lora_rank) if config.lora_rank else None,
         optimizers=(optimizer(config, backbone), None),
-        callbacks=[Journal(folder, backbone, validation), Stopping(signals)],
+        callbacks=[Journal(folder, backbone, validation, drawn.left_out, config.max_new_tokens), Stopping(signals)],
     )
     with signals:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    drawn.left_out.say()
     if trainer.is_world_process_zero():
         save(config, folder, trainer, backbone)
 

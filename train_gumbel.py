@@ -15,6 +15,7 @@ from tqdm import tqdm
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError, queries_named
 from backbones.finite import refuse_bad_gradients
+from backbones.left_out import LeftOut
 from envs import load_queries
 from envs.core import draw_budgets
 from envs.scoring import reference
@@ -151,6 +152,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.learning_rate)
         refuse_bad_gradients(self.optimizer, self._where)
         self.bank = EncodingBank(backbone, load_queries(config.data, "train"))
+        self.left_out = LeftOut.of(self.bank, self._room, config.max_failed)
         self.queries = 0
         self._recent: list[dict[str, float]] = []
 
@@ -160,8 +162,9 @@ class Trainer:
 
     def draw(self) -> RelaxedBatch:
         """Queries and budgets from NumPy's global generator, whose state is in every checkpoint."""
-        numbers = np.random.randint(len(self.bank), size=self.config.batch_size)
-        budgets = draw_budgets(np.random, self.config.budgets, self.config.batch_size)
+        some = self.config.batch_size
+        numbers = self.left_out.draw(some, lambda places: np.random.randint(len(self.bank), size=len(places)))
+        budgets = draw_budgets(np.random, self.config.budgets, some)
         shares = torch.from_numpy(budgets).to(self.backbone.device)
         prompts = self.bank.gather(numbers)
         answers = [self.backbone.answer_ids(reference(accepted)) for accepted in prompts.answers]
@@ -169,6 +172,11 @@ class Trainer:
         kept_free = [self.backbone.prompt_ids("")[1][-1]] * self.learner.more_tokens
         answered = self.bank.gather(numbers, [kept_free + ids for ids in answers])
         return RelaxedBatch(prompts, answered, answers, shares.maximum(self.learner.least_share(prompts)))
+
+    def _room(self, number: int) -> int:
+        """Places behind a query's prompt: the learner's own, and those of the answer to learn."""
+        answer = reference(self.bank.source.text(number)[2])
+        return self.learner.more_tokens + len(self.backbone.answer_ids(answer))
 
     def step(self) -> dict[str, float]:
         """One gradient step.
@@ -220,7 +228,7 @@ class Trainer:
                 if len(self._recent) == LOG_EVERY or self.queries >= total:
                     means = {name: float(np.mean([line[name] for line in self._recent])) for name in self._recent[0]}
                     bar.set_postfix(answer=f"{means['answer']:.3f}", flops=f"{means['soft_flops']:.2f}")
-                    self.journal.write(self.queries, means)
+                    self.journal.write(self.queries, {**means, **self.left_out.metrics()})
                     self._recent = []
             self.journal.validate(self.queries, self.controller)
             self.journal.end(self.queries)
@@ -256,6 +264,7 @@ class Trainer:
         tensors = {**weights, **optimizer_tensors(self.optimizer), **random_tensors}
         tensors |= {} if self.tuning is None else self.tuning.tensors()
         state = {"queries": self.queries, "recent": self._recent, "random": random_rest, **self.journal.state()}
+        state["left_out"] = self.left_out.state()
         save_checkpoint(self.journal.folder.checkpoints, self.queries, tensors, state)
 
     def restore(self) -> None:
@@ -276,6 +285,8 @@ class Trainer:
                 self.tuning.restore(tensors)
             self.queries, self._recent = state["queries"], state["recent"]
             self.journal.load_state(state)
+            if "left_out" in state:  # checkpoints of versions that ended at the first query that failed have none
+                self.left_out.load_state(state["left_out"])
             restore_random_state(tensors, state["random"])
 
 
@@ -319,7 +330,9 @@ def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
     if config.resume:
         trainer.restore()
+    trainer.journal.say_cuts()
     trainer.train()
+    trainer.left_out.say()
     conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
     print(f"\ncost of the plans that were trained and of those executed, validation:\n{markdown(trainer.cost_gap())}")
 

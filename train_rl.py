@@ -133,6 +133,8 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "reward": config.reward,
         "reward_seconds": config.reward_seconds,
         "budgets": config.budgets,
+        "max_new_tokens": config.max_new_tokens,
+        "max_failed": config.max_failed,
         **config.laying_out(),
         "controller_flops": TwoLevelController(sizes).flops,
         "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
@@ -252,7 +254,7 @@ class RunCallback(BaseCallback):
         self.bar.set_postfix(reward=f"{means['reward']:.3f}", accuracy=f"{means['accuracy']:.3f}")
         if self.tuning is not None:
             update["tuning_loss"] = self._tuning_loss
-        self.journal.write(self.queries, {**means, **update})
+        self.journal.write(self.queries, {**means, **update, **self.venv.core.left_out.metrics()})
 
     def _controller(self) -> TwoLevelController:
         assert isinstance(self.model.policy, TwoLevelPolicy)
@@ -306,6 +308,7 @@ def train(
         callback = RunCallback(config, journal, venv, signals)
         if config.resume:
             callback.restore(model)
+        journal.say_cuts(venv.core.source)
         remaining = config.total_queries * config.plans_per_query - model.num_timesteps
         if remaining > 0:
             try:
@@ -318,6 +321,7 @@ def train(
                 callback.bar.close()
             journal.end(callback.queries)
             callback.save()
+    venv.core.left_out.say()
     assert isinstance(model.policy, TwoLevelPolicy)
     return model.policy.controller, venv.core.backbone, callback.tuning
 

@@ -188,7 +188,9 @@ class Backbone(QueryEncoder):
             InputError: no tokens to answer with, other numbers of references than rows, or one without tokens.
         """
         check_count("max_new_tokens", max_new_tokens)
-        reference_ids = None if references is None else self._reference_ids(references, encoding)
+        if references is not None and len(references) != len(encoding):
+            raise InputError(f"{len(references)} references were given for {len(encoding)} queries; give one each")
+        reference_ids = None if references is None else self.reference_ids(references, encoding.ids)
         longest = max((len(ids) for ids in reference_ids or []), default=0)
         logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1 or longest > 1)
         likelihood = None
@@ -211,14 +213,17 @@ class Backbone(QueryEncoder):
         assert result is not None
         return result
 
-    def _reference_ids(self, references: Sequence[str], encoding: Encoding) -> list[list[int]]:
-        if len(references) != len(encoding):
-            raise InputError(f"{len(references)} references were given for {len(encoding)} queries; give one each")
+    def reference_ids(self, references: Sequence[str], query_ids: Sequence[str]) -> list[list[int]]:
+        """Ids of the answers whose log-likelihood is wanted.
+
+        Raises:
+            InputError: an answer without tokens; the message names its query, by id if there are ids.
+        """
         ids = [self.answer_ids(reference) for reference in references]
         empty = next((row for row, own in enumerate(ids) if not own), None)
         if empty is not None:
             raise InputError(
-                f"the answer {references[empty]!r} of {query_named(encoding.ids, empty)} has no tokens, so no "
+                f"the answer {references[empty]!r} of {query_named(query_ids, empty)} has no tokens, so no "
                 "likelihood; give it a text, or leave the query out"
             )
         return ids

@@ -7,7 +7,7 @@ D hidden width of the decoder, R rotary position components (1, or 3 for M-RoPE)
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -177,6 +177,10 @@ class Encoder(Protocol):
 
     def encode_images(self, images: Sequence[Image.Image], ids: Sequence[str]) -> list[EncodedImage]: ...
 
+    def fitting(self, questions: Sequence[str], spans: Sequence[int], ids: Sequence[str], room: Sequence[int]) -> Any:
+        """Refuses prompts that cannot be assembled, with some places of room behind them."""
+        ...
+
     def assemble(
         self,
         images: Sequence[EncodedImage],
@@ -199,8 +203,8 @@ class EncodingBank:
             on which others happened to be missing with it, and a resumed run would no longer equal an unbroken one.
 
     Attributes:
-        failed: by number, why queries that were asked of ``gather_valid`` cannot be encoded. They are not tried again,
-            so that all who share the bank leave out the same queries.
+        failed: by number, why queries that were asked of ``gather_valid`` or ``failures`` fail. They are not tried
+            again, so that all who share the bank leave out the same queries.
     """
 
     def __init__(self, encoder: Encoder, source: QuerySource, capacity_bytes: int = 2 * 1024**3, batch_size: int = 1):
@@ -263,15 +267,44 @@ class EncodingBank:
         failed = {number: self.failed[number] for number in numbers if number in self.failed}
         return encoding, [number for number in numbers if number not in failed], failed
 
+    def failures(
+        self, numbers: Sequence[int] | np.ndarray, room: Callable[[int], int] = lambda number: 0
+    ) -> dict[int, str]:
+        """Why some of the queries fail. Images are encoded, and kept, prompts looked at and not put together.
+
+        Args:
+            numbers: of the queries.
+            room: places that a query needs behind its prompt; may raise ``InputError``, for a query that fails.
+
+        Raises:
+            InputError: a number outside the source.
+        """
+        numbers = self._within(numbers)
+        untried = [number for number in dict.fromkeys(numbers) if number not in self.failed]
+        try:
+            self._look_at(untried, room)
+        except InputError:
+            for number in untried:
+                self._try(number, room)
+        return {number: self.failed[number] for number in numbers if number in self.failed}
+
+    def _look_at(self, numbers: list[int], room: Callable[[int], int]) -> None:
+        if not numbers:
+            return
+        keys = [self._image_key(number) for number in numbers]
+        images = self._images(dict(zip(keys, numbers, strict=True)))
+        ids, questions, _ = zip(*(self._text(number) for number in numbers), strict=True)
+        self.encoder.fitting(questions, [images[key].span for key in keys], ids, [room(number) for number in numbers])
+
     def _gather_untried(self, numbers: list[int]) -> Encoding | None:
         """All but those known to fail."""
         left = [number for number in numbers if number not in self.failed]
         return self.gather(left) if left else None
 
-    def _try(self, number: int) -> None:
+    def _try(self, number: int, room: Callable[[int], int] = lambda number: 0) -> None:
         if number not in self.failed:
             try:
-                self.gather([number])
+                self.gather([number], [[0] * room(number)])
             except InputError as error:
                 self.failed[number] = str(error)
 

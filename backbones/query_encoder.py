@@ -86,17 +86,29 @@ class QueryEncoder:
 
     def _encode_images(self, images: Sequence[Image.Image], ids: Sequence[str] | None) -> list[EncodedImage]:
         try:
-            batch = self.family.process(images, [self.prompt("")] * len(images))
-        except ValueError as error:  # an extreme aspect ratio, say
+            batch = self.pixels(images, ids)
+        except InputError:
             if len(images) == 1:
-                raise InputError(
-                    f"the processor refuses the image of {query_named(ids, 0)} ({error}); replace or remove it"
-                ) from error
+                raise
             parts = [self._encode_images([image], ids and [ids[row]]) for row, image in enumerate(images)]
             return [image for part in parts for image in part]
         visual, saliency = self.family.observe(batch, sorted(self.signals))
         encoded = self.read_batch(batch, visual, ids)
         return [replace(image, saliency=own) for image, own in zip(encoded, saliency, strict=True)]
+
+    def pixels(self, images: Sequence[Image.Image], ids: Sequence[str] | None = None) -> Any:
+        """The processor's batch of images, each in an empty prompt.
+
+        Raises:
+            InputError: an image that the processor refuses, one of an extreme aspect ratio, say; the message names the
+                first query.
+        """
+        try:
+            return self.family.process(images, [self.prompt("")] * len(images))
+        except ValueError as error:
+            raise InputError(
+                f"the processor refuses the image of {query_named(ids, 0)} ({error}); replace or remove it"
+            ) from error
 
     def listen(self, signals: Collection[str]) -> None:
         """Ask the vision tower, from now on, for what planners read of it.
@@ -119,18 +131,11 @@ class QueryEncoder:
         self, batch: Any, features: Sequence[Tensor], ids: Sequence[str] | None = None
     ) -> list[EncodedImage]:
         """Encoded images from the processor's batch and their visual tokens (n, D)."""
-        before, after = self.prompt_ids("")
         encoded = []
         for row, visual_nD in enumerate(features):
-            prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-            span = prompt[len(before) : len(prompt) - len(after)]
+            span = self._span(batch, row)
             is_image = span == self.model.config.image_token_id
-            if int(is_image.sum()) != len(visual_nD) or len(visual_nD) > self.layout.tokens:
-                raise InputError(
-                    f"the image of {query_named(ids, row)} has {len(visual_nD)} visual tokens, its prompt "
-                    f"{int(is_image.sum())} places for them, the layout {self.layout.tokens}; set max_visual_tokens, "
-                    "or check that processor and model match"
-                )
+            self._check_places(len(visual_nD), int(is_image.sum()), query_named(ids, row))
             text_offsets = (~is_image).nonzero()[:, 0]
             vision_flops, projector_flops = self.family.vision_flops(batch, row)
             encoded.append(
@@ -146,6 +151,30 @@ class QueryEncoder:
                 )
             )
         return encoded
+
+    def _span(self, batch: Any, row: int) -> Tensor:
+        """Ids of the stretch of a prompt that stands for its image."""
+        before, after = self.prompt_ids("")
+        prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        return prompt[len(before) : len(prompt) - len(after)]
+
+    def _check_places(self, tokens: int, places: int, query: str) -> None:
+        if tokens != places or tokens > self.layout.tokens:
+            raise InputError(
+                f"the image of {query} has {tokens} visual tokens, its prompt {places} places for them, the layout "
+                f"{self.layout.tokens}; set max_visual_tokens, or check that processor and model match"
+            )
+
+    def span_of(self, image: Image.Image, id: str) -> int:
+        """Places of an image in its prompt, by the processor alone.
+
+        Raises:
+            InputError: an image that the processor refuses, or that has more visual tokens than the layout.
+        """
+        span = self._span(self.pixels([image], [id]), 0)
+        tokens = int((span == self.model.config.image_token_id).sum())
+        self._check_places(tokens, tokens, query_named([id], 0))
+        return len(span)
 
     def assemble(
         self,
@@ -168,21 +197,14 @@ class QueryEncoder:
             InputError: a question that holds the image token, or a prompt longer than the model's context; the message
                 names the query.
         """
-        prompts = self._prompts(questions, ids)
-        more = continuations if continuations is not None else [[]] * len(prompts)
+        more = continuations if continuations is not None else [[]] * len(questions)
+        prompts, lengths = self.fitting(questions, [image.span for image in images], ids, list(map(len, more)))
         starts = [len(before) for before, _ in prompts]
         rows = [
             _lay_out_text(before, image, after + new)
             for (before, after), image, new in zip(prompts, images, more, strict=True)
         ]
         longest = max(len(text_ids) for text_ids, _ in rows)
-        lengths = [len(text_ids) + len(image.visual_nD) for (text_ids, _), image in zip(rows, images, strict=True)]
-        if max(lengths) >= self.max_positions:
-            asked = query_named(ids, lengths.index(max(lengths)))
-            raise InputError(
-                f"the prompt of {asked} has {max(lengths)} tokens with its image; "
-                f"the model's context has {self.max_positions} positions: shorten the question"
-            )
         device = images[0].visual_nD.device
         embed: Any = self.family.decoder.embed_tokens
         counts_B = torch.tensor([len(image.visual_nD) for image in images])
@@ -211,6 +233,33 @@ class QueryEncoder:
             answers=answers or [],
             saliency=stack([image.saliency for image in images], self.layout.tokens),
         )
+
+    def fitting(
+        self, questions: Sequence[str], spans: Sequence[int], ids: Sequence[str] | None, room: Sequence[int]
+    ) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+        """Each prompt's ids before and after its image, and how many tokens it has with image and room.
+
+        Args:
+            questions: B questions.
+            spans: places of each one's image.
+            ids: the queries' ids, for messages.
+            room: places to keep behind each prompt.
+
+        Raises:
+            InputError: as ``assemble``.
+        """
+        prompts = self._prompts(questions, ids)
+        lengths = [
+            len(before) + span + len(after) + more
+            for (before, after), span, more in zip(prompts, spans, room, strict=True)
+        ]
+        if max(lengths) >= self.max_positions:
+            asked = query_named(ids, lengths.index(max(lengths)))
+            raise InputError(
+                f"the prompt of {asked} has {max(lengths)} tokens with its image; "
+                f"the model's context has {self.max_positions} positions: shorten the question"
+            )
+        return prompts, lengths
 
     def _to_layout(self, values_Bn: Tensor) -> Tensor:
         """Pad the second axis to the layout's N."""
@@ -269,6 +318,13 @@ class QueryEncoder:
     def _tokenize_answer(self, answer: str) -> tuple[int, ...]:
         with self._one_by_one:
             return tuple(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def answer_lengths(self, answers: Sequence[str]) -> list[int]:
+        """How many ids ``answer_ids`` has for each of many answers."""
+        if not answers:
+            return []
+        with self._one_by_one:
+            return [len(ids) for ids in self.processor.tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """An answer of these ids, special tokens removed."""

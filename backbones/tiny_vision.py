@@ -48,7 +48,12 @@ def said_labels(said: Sequence[Sequence[tuple[str, str]]], least: float = 0.004,
 
 
 def train_vision(
-    backbone: Backbone, pixels: Callable[[np.ndarray], Any], labels: Tensor, steps: int, images: int, seed: int
+    backbone: Backbone,
+    pixels: Callable[[np.ndarray], tuple[Any, np.ndarray]],
+    labels: Tensor,
+    steps: int,
+    images: int,
+    seed: int,
 ) -> float:
     """Train tower and projector to tell what is said of an image; returns the last steps' mean loss.
 
@@ -57,7 +62,7 @@ def train_vision(
 
     Args:
         backbone: its tower and projector are trained in place.
-        pixels: the processor's batch for some image numbers.
+        pixels: the processor's batch for some image numbers, and their numbers, where others stand in for some.
         labels: (images, K) from ``said_labels``.
         steps: optimiser steps.
         images: B, images a step.
@@ -74,7 +79,8 @@ def train_vision(
     recent: list[float] = []
     for step in tqdm(range(steps), desc="vision", unit="step"):
         picked = np.random.default_rng((seed, step, 1)).choice(len(labels), images, replace=len(labels) < images)
-        visual_BND = torch.stack(list(backbone.family.features(pixels(picked))))
+        batch, picked = pixels(picked)
+        visual_BND = torch.stack(list(backbone.family.features(batch)))
         logits_BK = head(visual_BND).logsumexp(1) - math.log(visual_BND.shape[1])
         loss = F.binary_cross_entropy_with_logits(logits_BK, labels[torch.from_numpy(picked)])
         if not loss.isfinite():

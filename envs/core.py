@@ -20,12 +20,14 @@ from backbones.encoding import Encoding, EncodingBank, QuerySource
 from backbones.errors import InputError, check_count
 from backbones.finite import check_finite
 from backbones.latency_model import LatencyModel
+from backbones.left_out import MAX_FAILED, LeftOut
 from backbones.loading import load_backbone
 from backbones.masks import Masks
 from backbones.survivors import Survivors
+from envs.answer_length import answer_cut
 from envs.queries import load_queries
 from envs.rewards import Reward, RewardTerms, WeightedReward
-from envs.scoring import longest_answer, reference, score
+from envs.scoring import reference, score
 
 OBSERVATIONS = ("id", "features")
 OVERFLOW = "look at its weights, or give --dtype a wider type"
@@ -53,11 +55,13 @@ class MaskingCore:
         observation: ``"id"``: the query's number in the bank; ``"features"``: its visual tokens and text embeddings.
         controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
             text tokens.
-        max_new_tokens: answers are cut there; by default where the data's scoring has them cut, else at one token.
+        max_new_tokens: answers are cut there; by default as ``envs.answer_length.cut_of`` has it.
         latency_model: predicts prefill times, for rewards that ask for them.
         positions: how the kept tokens are laid out; see ``backbones.survivors``.
         merge: whether dropped tokens are averaged into kept ones.
         reward_seconds: that each reward may take for a batch; 0: any time.
+        max_failed: share, in [0, 1), of the drawn queries that may fail, an unreadable image, say: each is named on
+            standard error, and another query drawn in its place. Some may always, unless it is 0.
 
     Raises:
         InputError: an unknown name or path, a budget outside (0, 1], an unknown kind of observation.
@@ -77,6 +81,7 @@ class MaskingCore:
         positions: str = "original",
         merge: bool = False,
         reward_seconds: float = 0,
+        max_failed: float = MAX_FAILED,
     ):
         if not _are_bounds(budgets):
             raise InputError(f"budgets are {budgets!r}; give a lower and an upper bound with 0 < lower <= upper <= 1")
@@ -89,12 +94,14 @@ class MaskingCore:
         self.budgets = (float(budgets[0]), float(budgets[1]))
         self.observation = observation
         self.controller_flops = controller_flops
-        self.max_new_tokens = longest_answer(self.source) if max_new_tokens is None else max_new_tokens
+        self.max_new_tokens = answer_cut(self.backbone, self.source, max_new_tokens)
         check_count("max_new_tokens", self.max_new_tokens)
         self.latency_model = latency_model
         self.layout = self.backbone.layout
         self.positions, self.merge = positions, merge
         Survivors.asked(0, positions, merge)  # checks
+        self.left_out = LeftOut.of(self.bank, self._room, max_failed)
+        self._rooms: dict[int, int] = {}
 
     @property
     def action_space(self) -> spaces.MultiDiscrete:
@@ -118,8 +125,40 @@ class MaskingCore:
 
     def draw(self, rng: np.random.Generator) -> tuple[int, np.float32]:
         """A query number and a budget."""
-        number = int(rng.integers(len(self.source)))
-        return number, np.float32(draw_budgets(rng, self.budgets))
+        numbers, budgets = self.draw_each([rng])
+        return int(numbers[0]), budgets[0]
+
+    def draw_each(self, generators: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+        """A query number and a budget from each of G generators, both (G,). One that has drawn a query that fails
+        draws both again.
+
+        Raises:
+            InputError: more queries fail than may.
+        """
+        budgets = np.ones(len(generators), np.float32)
+
+        def draw(places: np.ndarray) -> list[int]:
+            numbers = []
+            for place in places:
+                numbers.append(int(generators[place].integers(len(self.source))))
+                budgets[place] = draw_budgets(generators[place], self.budgets)
+            return numbers
+
+        return self.left_out.draw(len(generators), draw), budgets
+
+    def _room(self, number: int) -> int:
+        """Tokens of the answer whose likelihood is measured behind a query's prompt.
+
+        Raises:
+            InputError: it has none; or the prompt is too long to be observed.
+        """
+        if number not in self._rooms:
+            id, _, accepted = self.source.text(number)
+            (ids,) = self.backbone.reference_ids([reference(accepted)], [id])
+            if self.observation == "features":
+                _check_observable(self.bank.gather([number]))
+            self._rooms[number] = len(ids)
+        return self._rooms[number]
 
     def observe(self, numbers: np.ndarray, budgets: np.ndarray) -> dict[str, np.ndarray]:
         """Observations of B slots, each entry (B, …), freshly allocated.
@@ -132,12 +171,7 @@ class MaskingCore:
         if self.observation == "id":
             return {"query": numbers.astype(np.int64)[:, None], "budget": budget}
         encoding = self.bank.gather(numbers)
-        if encoding.text_BTD.shape[1] > MAX_TEXT_TOKENS:
-            longest = encoding.ids[int(encoding.text_tokens.argmax())]
-            raise InputError(
-                f"the prompt of query {longest!r} has {encoding.text_BTD.shape[1]} text tokens; a features observation "
-                f"holds {MAX_TEXT_TOKENS}: shorten the question, or use observation='id'"
-            )
+        _check_observable(encoding)
         text = np.zeros((len(numbers), MAX_TEXT_TOKENS, self.backbone.hidden), np.float32)
         text[:, : encoding.text_BTD.shape[1]] = (encoding.text_BTD * encoding.text_valid_BT[..., None]).cpu().numpy()
         return {
@@ -205,6 +239,20 @@ class MaskingCore:
         return _array(predict(masks) / predict(self.backbone.full(encoding)))
 
 
+def _check_observable(encoding: Encoding) -> None:
+    """Refuse prompts that an observation cannot hold.
+
+    Raises:
+        InputError: naming the longest.
+    """
+    if encoding.text_BTD.shape[1] > MAX_TEXT_TOKENS:
+        longest = encoding.ids[int(encoding.text_tokens.argmax())]
+        raise InputError(
+            f"the prompt of query {longest!r} has {encoding.text_BTD.shape[1]} text tokens; a features observation "
+            f"holds {MAX_TEXT_TOKENS}: shorten the question, or use observation='id'"
+        )
+
+
 def _are_bounds(budgets: Any) -> bool:
     try:
         low, high = budgets
@@ -260,9 +308,9 @@ class Slots:
 
     def draw(self) -> None:
         """New queries and budgets in every slot, in fresh arrays."""
-        drawn = [self.core.draw(generator) for generator in self.generators]
-        self.numbers = np.repeat([number for number, _ in drawn], self.plans_per_query).astype(np.int64)
-        self.budgets = np.repeat([budget for _, budget in drawn], self.plans_per_query).astype(np.float32)
+        numbers, budgets = self.core.draw_each(self.generators)
+        self.numbers = np.repeat(numbers, self.plans_per_query)
+        self.budgets = np.repeat(budgets, self.plans_per_query)
 
     def observe(self) -> dict[str, np.ndarray]:
         return self.core.observe(self.numbers, self.budgets)

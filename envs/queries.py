@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from backbones.errors import InputError
 from backbones.images import read_image
 from backbones.naming import parse_options
 from envs.accepted import Accepted
+from envs.answer_length import AcceptedLengths
 from envs.benchmarks.metrics import Answered, Metrics
 from envs.benchmarks.rules import RULES
 from envs.benchmarks.source import SOURCES
@@ -70,6 +71,7 @@ class DatasetQueries:
         _check_answers(self._columns["answers"], name)
         _check_questions(self._columns["question"], name)
         self.rules = _rules(self._columns.get("scoring"), name)
+        self.accepted_lengths = AcceptedLengths(self._columns["answers"], self._columns.get("scoring"))
         self.patches = list(dataset["patches"]) if "patches" in dataset.column_names else None
 
     def __len__(self) -> int:
@@ -115,7 +117,7 @@ class DatasetQueries:
 
     @property
     def max_new_tokens(self) -> int:
-        """Where answers are cut."""
+        """Where the rules have answers cut; one without a rule."""
         return max(1 if rule is None else RULES[rule].max_new_tokens for rule in self.rules)
 
     def metrics(self, numbers: Sequence[int], texts: Sequence[str], scores: np.ndarray) -> Metrics | None:
@@ -135,6 +137,11 @@ class DatasetQueries:
         counted = self._columns["group"].value_counts().to_pylist() if "group" in self._columns else []
         sizes = {str(each["values"] or ""): each["counts"] for each in counted} or {"": len(texts)}
         return RULES[rule].metrics(Answered(texts, scores, kinds, groups, sizes))
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Those of the split that these queries are."""
+        return self._rows
 
     def head(self, limit: int | None) -> DatasetQueries:
         """The first ``limit`` queries, or all.
@@ -158,6 +165,10 @@ class DatasetQueries:
         inside = np.random.default_rng(0).random(limit)
         return self._only(((np.arange(limit) + inside) * (len(self) / limit)).astype(int).tolist())
 
+    def without(self, numbers: Collection[int]) -> DatasetQueries:
+        """All but some, by number."""
+        return self._only([number for number in range(len(self)) if number not in numbers]) if numbers else self
+
     def _has_all(self, limit: int) -> bool:
         if limit < 1:
             raise InputError(f"limit is {limit}; it must be at least 1")
@@ -166,6 +177,7 @@ class DatasetQueries:
     def _only(self, numbers: Sequence[int]) -> DatasetQueries:
         part = object.__new__(DatasetQueries)
         part.name, part.split, part.rules = self.name, self.split, self.rules
+        part.accepted_lengths = self.accepted_lengths
         part._columns = self._columns
         part._rows = [self._rows[number] for number in numbers]
         part.patches = None if self.patches is None else [self.patches[number] for number in numbers]

@@ -87,6 +87,7 @@ class MaskingVecEnv(VecEnv):
             "budgets": self.slots.budgets.tolist(),
             "generators": [generator.bit_generator.state for generator in self.slots.generators],
             "reward": self.core.reward.state(),
+            "left_out": self.core.left_out.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -95,6 +96,8 @@ class MaskingVecEnv(VecEnv):
         for generator, saved in zip(self.slots.generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
         self.core.reward.load_state(state["reward"])
+        if "left_out" in state:  # checkpoints of versions that ended at the first query that failed have none
+            self.core.left_out.load_state(state["left_out"])
         self.slots.numbers = np.array(state["numbers"], np.int64)
         self.slots.budgets = np.array(state["budgets"], np.float32)
         return self.slots.observe()

@@ -49,8 +49,3 @@ def reference(accepted: Sequence[str]) -> str:
     if not accepted:
         raise InputError("a query has no accepted answers, and one is needed; give every query one, or leave it out")
     return Counter(accepted).most_common(1)[0][0]
-
-
-def longest_answer(source: object) -> int:
-    """Tokens at which answers are cut: as the scoring of a query source's data has it, else one."""
-    return int(getattr(source, "max_new_tokens", 1))

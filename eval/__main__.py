@@ -13,12 +13,15 @@ from tqdm import tqdm
 
 from backbones import EncodingBank
 from envs import load_queries
+from envs.answer_length import say_cuts
 from eval import cli, elasticity, gradients, report
+from eval.answering import Answering
 from eval.audit import Audit
 from eval.bench import bench, bench_table
 from eval.demo.command import Demo
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.experiment.command import Experiment
+from eval.failures import working
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import question_only_accuracy
@@ -30,7 +33,7 @@ from policies.keep import check_share
 
 
 @dataclass
-class Run(cli.Placement):
+class Run(cli.Placement, Answering):
     """Evaluate policies over queries and budgets; prints a table.
 
     Example: python -m eval run runs/rl full random --data easy-vqa --budgets 0.25 0.5
@@ -60,8 +63,6 @@ class Run(cli.Placement):
     """Use the first so many queries only."""
     backbone: str | None = None
     """Which VLM; by default the one that the runs were trained on."""
-    max_new_tokens: int | None = None
-    """Cut answers there; by default as the data's scoring has it: 16 for benchmarks, else 1."""
     strict: bool = False
     """End with an error at the first query that fails, in place of leaving it out."""
     seed: int = 0
@@ -86,6 +87,7 @@ class Run(cli.Placement):
         policies = [with_layout(policy, self.merge, self.positions) for policy in self.policies]
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
         bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
+        say_cuts(backbone, [bank.source], self.max_new_tokens)
         records: list[Record] = []
         left_out: dict[str, str] = {}
         how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict}
@@ -113,8 +115,7 @@ class Run(cli.Placement):
             check_share(share)
         if self.keep and self.milliseconds:
             raise cli.InputError("--keep and --milliseconds both stand in place of --budgets; give one of them")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise cli.InputError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
+        self.check_cut()
         if self.timing < 0:
             raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
         if self.milliseconds and self.latency_model is None:
@@ -185,7 +186,7 @@ class Latency(cli.Placement):
 
 
 @dataclass
-class Elasticity(cli.Placement):
+class Elasticity(cli.Placement, Answering):
     """How gradually a VLM loses accuracy when parts are dropped, and how much a good choice of parts could win.
 
     Prints the full plan's accuracy by kind of question beside that of a model that never sees the image; accuracy under
@@ -212,18 +213,20 @@ class Elasticity(cli.Placement):
 
     def run(self) -> None:
         cli.check_output("--json", self.json)
+        self.check_cut()
         for option in ("plans", "oracle_queries"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         backbone = self.load(self.backbone)
         train, test = (load_queries(self.data, split) for split in ("train", "test"))
-        test = test.spread(self.limit)
-        bank = EncodingBank(backbone, test)
-        kinds = elasticity.accuracy_by_kind(backbone, bank, test)
+        bank, test = working(backbone, test.spread(self.limit))
+        cut = self.max_new_tokens
+        say_cuts(backbone, [test], cut)
+        kinds = elasticity.accuracy_by_kind(backbone, bank, test, cut)
         question_only = float(question_only_accuracy(train, test, seed=self.seed).mean())
-        records = elasticity.accuracy_by_axis(backbone, bank, seed=self.seed)
+        records = elasticity.accuracy_by_axis(backbone, bank, seed=self.seed, max_new_tokens=cut)
         fewer = EncodingBank(backbone, test.spread(self.oracle_queries))
-        room = elasticity.room_for_choice(backbone, fewer, plans=self.plans, seed=self.seed)
+        room = elasticity.room_for_choice(backbone, fewer, plans=self.plans, seed=self.seed, max_new_tokens=cut)
         print(f"{elasticity.kinds_table(kinds)}\n\nwithout the image: {question_only:.1%}\n")
         print(f"{elasticity.axes_table(records)}\n")
         print(f"{self.plans} random plans at 50 % of the LLM FLOPs, {len(fewer)} queries:")

@@ -19,10 +19,13 @@ from backbones.encoding import Encoding, Query
 from backbones.errors import InputError
 from backbones.masks import Masks
 from envs import load_queries
+from envs.answer_length import say_cuts
 from envs.queries import DatasetQueries
 from eval import cli, report
+from eval.answering import Answering
 from eval.elasticity import room_for_choice
-from eval.evaluate import Record, check_budgets, outcomes
+from eval.evaluate import Record, check_budgets, evaluate, outcomes
+from eval.failures import working
 from eval.policies import backbone_of, load_planner
 from eval.report import markdown
 from policies.baselines import Planner, notes_of, signals_of
@@ -30,7 +33,7 @@ from policies.projection import project
 
 
 @dataclass
-class Audit(cli.Placement):
+class Audit(cli.Placement, Answering):
     """Hold a policy against controls that take from it what it claims to use.
 
     Its plans are made from another query's image, from another question, and replaced by one plan of equal cost for
@@ -64,6 +67,7 @@ class Audit(cli.Placement):
     def run(self) -> None:
         check_budgets(self.budgets)
         cli.check_output("--json", self.json)
+        self.check_cut()
         if self.plans < 0:
             raise cli.InputError(f"--plans is {self.plans}; give a number of plans, or 0")
         backbone = self.load(*backbone_of([self.policy], self.backbone))
@@ -72,15 +76,16 @@ class Audit(cli.Placement):
         planner = load_planner(self.policy, backbone, self.seed)
         if not planner.budgeted:
             raise cli.InputError(f"policy {self.policy!r} does not follow budgets; name one that does")
-        bank = EncodingBank(backbone, queries)
-        records = audit(planner, backbone, bank, queries, self.budgets, self.seed)
+        (bank, queries), cut = working(backbone, queries), self.max_new_tokens
+        say_cuts(backbone, [queries], cut)
+        records = audit(planner, backbone, bank, queries, self.budgets, self.seed, cut)
         if self.static is not None:
             static = load_planner(self.static, backbone, self.seed)
-            records += [outcome.record for outcome in outcomes(static, backbone, bank, self.budgets)]
+            records += evaluate(static, backbone, bank, self.budgets, max_new_tokens=cut)
         print(report.table(records))
         for budget in self.budgets if self.plans else ():
             fewer = EncodingBank(backbone, queries.spread(1000))
-            room = room_for_choice(backbone, fewer, budget, self.plans, self.seed)
+            room = room_for_choice(backbone, fewer, budget, self.plans, self.seed, cut)
             said = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in room.items())
             print(f"\nof {self.plans} random plans at {budget:g}, on {len(fewer)} queries: {said}")
         if queries.patches is not None and backbone.layout.tokens == SIDE * SIDE:
@@ -101,6 +106,7 @@ def audit(
     queries: DatasetQueries,
     budgets: Sequence[float],
     seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> list[Record]:
     """Records of a planner and of its controls, at each budget.
 
@@ -111,18 +117,20 @@ def audit(
         queries: none of which fails.
         budgets: shares of the full plan's LLM FLOPs.
         seed: of the shuffles.
+        max_new_tokens: as in ``outcomes``.
     """
     records = []
     swaps = swapped(queries, backbone, seed)
     for budget in budgets:
-        (own,) = outcomes(planner, backbone, bank, (budget,))
+        (own,) = outcomes(planner, backbone, bank, (budget,), max_new_tokens=max_new_tokens)
         controls: list[Planner] = [
             Misled(planner, EncodingBank(backbone, swaps[0]), queries, "shuffled image"),
             Misled(planner, EncodingBank(backbone, swaps[1]), queries, "shuffled question"),
             constant_planner(planner, backbone, bank, budget, float(own.columns["llm_flops_ratio"].mean())),
         ]
         records.append(own.record)
-        records += [outcomes(control, backbone, bank, (budget,))[0].record for control in controls]
+        for control in controls:
+            records += evaluate(control, backbone, bank, (budget,), max_new_tokens=max_new_tokens)
     return records
 
 

@@ -41,6 +41,7 @@ def entry(name: str, value: float, setting: str) -> Entry:
 def bench_environment(backbone: Backbone, data: str, rows: int = 256, repeats: int = 15) -> list[Entry]:
     """Environment steps against the bare batched forward on the same queries and plans, and against one at a time."""
     core = MaskingCore(backbone, load_queries(data, "validation", 2000))
+    core.bank.failures(range(len(core.source)))  # images are encoded once in a training, not in each step
     venv = MaskingVecEnv(core, rows)
     venv.seed(0)
     venv.reset()

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from backbones import Backbone, EncodingBank
+from backbones.encoding import QuerySource
 from backbones.errors import InputError
+from backbones.left_out import MAX_FAILED, check_max_failed
 from backbones.masks import AXES, check_axes
 from backbones.survivors import Survivors
 from envs import DatasetQueries, load_queries
+from envs.answer_length import say_cuts
 from eval import report
+from eval.answering import Answering
 from eval.cli import Placement
 from eval.clock import TrainingClock, throughput
 from eval.evaluate import Record, check_budgets, outcomes_met
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class ControllerRunConfig(Placement):
+class ControllerRunConfig(Placement, Answering):
     """Options of every training of a controller."""
 
     backbone: str = "tiny"
@@ -97,6 +101,9 @@ class ControllerRunConfig(Placement):
     """Budgets of the final table."""
     test_queries: int | None = 1000
     """Queries of the test split in the final table, spread over it. None: all."""
+    max_failed: float = MAX_FAILED
+    """Share of the training's draws, in [0, 1), that may be of queries that fail, of unreadable images, say: they are
+    named, counted, and replaced by others. 20 draws always may, unless it is 0."""
     wandb: str | None = None
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
@@ -115,6 +122,8 @@ class ControllerRunConfig(Placement):
         """
         check_axes(self.axes)
         check_budgets(self.test_budgets)
+        self.check_cut()
+        check_max_failed("--max-failed", self.max_failed)
         if "tokens" not in self.axes and self.merge:
             raise InputError(f"--merge has no effect where --axes are {' '.join(self.axes)}; leave it out")
         if self.initial_plan is not None and self.init_from is not None:
@@ -201,7 +210,7 @@ class RunJournal:
         self.config, self.folder, self.backbone, self.tracker, self.name = config, folder, backbone, tracker, name
         validation = load_queries(config.data, "validation").spread(config.validate_queries)
         self.validation = EncodingBank(backbone, validation)
-        test_queries(config)  # a split that cannot be used is met before the training
+        self.test = test_queries(config)  # a split that cannot be used is met before the training
         self._check_reach()
         self.lines = 0
         self.settling = Settling(config.patience)
@@ -222,6 +231,10 @@ class RunJournal:
             given = " ".join(f"{budget:g}" for budget in self.config.test_budgets)
             raise InputError(f"--test-budgets {given} can never be met; the least budget here is {least:.4f}")
 
+    def say_cuts(self, *answered: QuerySource) -> None:
+        """Where answers are cut: in the training, if it answers queries, in validations, and in the final table."""
+        say_cuts(self.backbone, [*answered, self.validation.source, self.test], self.config.max_new_tokens)
+
     def write(self, queries: int, metrics: dict[str, Any]) -> None:
         """One line of metrics after so many queries."""
         self.folder.log(queries=queries, **metrics)
@@ -237,7 +250,8 @@ class RunJournal:
         training = controller.training
         planner = planner_of(controller, self.backbone, self.name)
         budgets = self.config.test_budgets
-        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, progress=False)
+        how: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "progress": False}
+        found, _ = outcomes_met(planner, self.backbone, self.validation, budgets, **how)
         records = [outcome.record for outcome in found]
         self.settling.see(records)
         self.validated = queries
@@ -320,7 +334,8 @@ def conclude(
     records: list[Record] = []
     for planner in [*untrained, planner_of(controller, backbone, name)]:
         budgets = below if planner in untrained else config.test_budgets
-        found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed)
+        cut = config.max_new_tokens
+        found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed, max_new_tokens=cut)
         records += [outcome.record for outcome in found]
         for reason in gaps.values():
             print(f"{planner.name} left out: {reason}")

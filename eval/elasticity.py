@@ -16,8 +16,9 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
 from backbones.errors import InputError
 from backbones.masks import AXES, Masks
+from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
-from envs.scoring import longest_answer, score
+from envs.scoring import score
 from eval.evaluate import evaluate
 from eval.report import markdown
 from policies.baselines import FullPlanner, RandomPlanner, random_waits
@@ -27,10 +28,13 @@ Record = dict[str, Any]
 BATCH = 250
 
 
-def accuracy_by_kind(backbone: Backbone, bank: EncodingBank, queries: DatasetQueries) -> dict[str, tuple[float, int]]:
+def accuracy_by_kind(
+    backbone: Backbone, bank: EncodingBank, queries: DatasetQueries, max_new_tokens: int | None = None
+) -> dict[str, tuple[float, int]]:
     """Full-plan accuracy and number of queries over all, and of each kind of question where the data names kinds."""
+    cut = answer_cut(backbone, bank.source, max_new_tokens)
     scores = np.concatenate(
-        [_scores(backbone, encoding, backbone.full(encoding), bank) for encoding in _batches(bank, "full plan")]
+        [_scores(backbone, encoding, backbone.full(encoding), cut) for encoding in _batches(bank, "full plan")]
     )
     table = {"all": (float(scores.mean()), len(scores))}
     for kind in sorted(set(queries.kinds or ())):
@@ -40,22 +44,32 @@ def accuracy_by_kind(backbone: Backbone, bank: EncodingBank, queries: DatasetQue
 
 
 def accuracy_by_axis(
-    backbone: Backbone, bank: EncodingBank, shares: Sequence[float] = (0.75, 0.5, 0.25), seed: int = 0
+    backbone: Backbone,
+    bank: EncodingBank,
+    shares: Sequence[float] = (0.75, 0.5, 0.25),
+    seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> list[Record]:
     """Records of the full plan, and of random plans that drop tokens, heads, layers, or all three; a share that one
     axis alone cannot reach has no record."""
-    records = evaluate(FullPlanner(backbone), backbone, bank, (1.0,))
+    records = evaluate(FullPlanner(backbone), backbone, bank, (1.0,), max_new_tokens=max_new_tokens)
     for axes in (*((axis,) for axis in AXES), AXES):
         for share in shares:
             try:
-                records += evaluate(RandomPlanner(backbone, seed, axes), backbone, bank, (share,), seed)
+                planner = RandomPlanner(backbone, seed, axes)
+                records += evaluate(planner, backbone, bank, (share,), seed, max_new_tokens=max_new_tokens)
             except InputError:
                 continue
     return records
 
 
 def room_for_choice(
-    backbone: Backbone, bank: EncodingBank, share: float = 0.5, plans: int = 64, seed: int = 0
+    backbone: Backbone,
+    bank: EncodingBank,
+    share: float = 0.5,
+    plans: int = 64,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> dict[str, float]:
     """Accuracy at one share of the FLOPs if plans are drawn, if all queries share the best, and if each gets its best.
 
@@ -68,6 +82,7 @@ def room_for_choice(
     """
     generator = torch.Generator().manual_seed(seed)
     waits_MA = random_waits(backbone, plans, generator)
+    cut = answer_cut(backbone, bank.source, max_new_tokens)
     columns = []
     for encoding in _batches(bank, f"{plans} plans"):
         full = backbone.full(encoding)
@@ -75,7 +90,7 @@ def room_for_choice(
         rows = []
         for waits_A in waits_MA.to(backbone.device):
             masks = project(backbone, full, waits_A.expand(len(encoding), -1), budgets_B, encoding)
-            rows.append(_scores(backbone, encoding, masks, bank))
+            rows.append(_scores(backbone, encoding, masks, cut))
         columns.append(np.stack(rows))
     right = np.concatenate(columns, axis=1)
     room = {"random": float(right.mean())}
@@ -91,9 +106,9 @@ def _batches(bank: EncodingBank, name: str) -> Iterator[Encoding]:
         yield bank.gather(range(start, min(start + BATCH, len(bank))))
 
 
-def _scores(backbone: Backbone, encoding: Encoding, masks: Masks, bank: EncodingBank) -> np.ndarray:
-    """(B,) accuracy of the answers under some plans."""
-    answers = backbone.answer(encoding, masks, longest_answer(bank.source))
+def _scores(backbone: Backbone, encoding: Encoding, masks: Masks, cut: int) -> np.ndarray:
+    """(B,) accuracy of the answers under some plans, cut at so many tokens."""
+    answers = backbone.answer(encoding, masks, cut)
     return np.array([score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)])
 
 

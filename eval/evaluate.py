@@ -20,8 +20,9 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
 from backbones.errors import InputError
 from backbones.masks import Masks
+from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
-from envs.scoring import longest_answer, score
+from envs.scoring import score
 from eval.failures import report_failed
 from policies.baselines import Planner, notes_of
 from policies.milliseconds import MillisecondPlanner
@@ -93,7 +94,10 @@ def outcomes(
 ) -> list[Outcome]:
     """One outcome per budget, over all queries of the bank but those that fail; these are reported and counted.
 
-    A benchmark's official scores are in the record's ``parts``, by part of the data set and metric.
+    A benchmark's official scores are in the record's ``parts``, by part of the data set and metric. Where answers may
+    have several tokens, the record says where they were cut, how many they had (``answer_tokens``), and the share of
+    the full plan's LLM FLOPs, which are priced at the expected length, that plans spent with them
+    (``spent_llm_flops_ratio``).
 
     Args:
         planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
@@ -103,7 +107,7 @@ def outcomes(
         budgets: shares in (0, 1]; a planner without budgets is evaluated once, at 1.
         seed: named in the records.
         batch_size: queries a call.
-        max_new_tokens: answers are cut there; by default where the data's scoring has them cut.
+        max_new_tokens: answers are cut there; by default as ``envs.answer_length.cut_of`` has it.
         progress: whether to show a progress bar.
         strict: whether a query that fails is an error.
 
@@ -113,7 +117,7 @@ def outcomes(
     budgets = check_budgets(budgets) if planner.budgeted else (1.0,)
     source = bank.source
     assert isinstance(source, DatasetQueries)
-    cut = longest_answer(source) if max_new_tokens is None else max_new_tokens
+    cut = answer_cut(backbone, source, max_new_tokens)
     batches = [range(start, min(start + batch_size, len(bank))) for start in range(0, len(bank), batch_size)]
     measured: list[list[Columns]] = [[] for _ in budgets]
     said: list[list[str]] = [[] for _ in budgets]
@@ -134,7 +138,7 @@ def outcomes(
     report_failed(bank, reported)
     head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
     head |= {"seed": seed, "failed": len(bank.failed)}
-    head |= notes_of(planner)
+    head |= notes_of(planner) | ({"max_new_tokens": cut} if cut > 1 else {})
     found = []
     for budget, parts, texts in zip(budgets, measured, said, strict=True):
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -152,7 +156,8 @@ def _measure(
     masks, columns = _plan(planner, encoding, budgets_B)
     answers = backbone.answer(encoding, masks, max_new_tokens)
     masks = answers.masks
-    cost = backbone.cost(encoding, masks, planner.controller_flops(encoding))
+    controller = planner.controller_flops(encoding)
+    cost = backbone.cost(encoding, masks, controller)
     full = backbone.cost(encoding, backbone.full(encoding))
     accuracy = [score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)]
     columns = {
@@ -165,6 +170,10 @@ def _measure(
         "kept_layers": masks.layers.sum(1),
         **columns,
     }
+    if max_new_tokens > 1:
+        columns["answer_tokens"] = torch.tensor([len(ids) for ids in answers.tokens], device=backbone.device)
+        spent = backbone.cost(encoding, masks, controller, columns["answer_tokens"])
+        columns["spent_llm_flops_ratio"] = spent.llm / full.llm
     return {name: column.double().cpu().numpy() for name, column in columns.items()}, answers.texts
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from backbones.encoding import EncodingBank
+from backbones.encoding import Encoder, EncodingBank
 from backbones.errors import InputError
+from backbones.left_out import failure_line
+from envs.queries import DatasetQueries
 
 MOST_LINES = 10
 
@@ -25,6 +27,19 @@ def report_failed(bank: EncodingBank, known: int = 0) -> None:
         number, reason = next(iter(bank.failed.items()))
         raise InputError(f"all {len(bank)} queries failed; the first, {bank.source.text(number)[0]!r}: {reason}")
     for id, reason in failed[:MOST_LINES]:
-        print(f"query {id!r} failed: {' '.join(reason.split())}", file=sys.stderr)
+        print(failure_line(id, reason), file=sys.stderr)
     if len(failed) > MOST_LINES:
         print(f"... and {len(failed) - MOST_LINES} more", file=sys.stderr)
+
+
+def working(encoder: Encoder, queries: DatasetQueries) -> tuple[EncodingBank, DatasetQueries]:
+    """A bank of the queries that do not fail, and these; the others are reported.
+
+    Raises:
+        InputError: all fail.
+    """
+    bank = EncodingBank(encoder, queries)
+    failed = bank.failures(range(len(bank)))
+    report_failed(bank)
+    left = queries.without(failed)
+    return (EncodingBank(encoder, left) if failed else bank), left

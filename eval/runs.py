@@ -36,6 +36,9 @@ TIMED = ("queries", "seconds", "peak_memory_mb")
 NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds", "patience")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
+MAY_CHANGE = ("max_failed",)
+"""Options of a run that another value may be given for when it is resumed."""
+
 
 class RunFolder:
     """The folder of one run: ``config.yaml, command.txt, environment.json, metrics.jsonl, timing.jsonl, result.json``.
@@ -67,7 +70,8 @@ class RunFolder:
             if not resume:
                 raise InputError(f"output {str(path)!r} holds a run already; add --resume, or choose another --out")
             folder._check_entries()
-            changed = [key for key, value in folder.config().items() if fields.get(key, value) != value]
+            begun = {name: value for name, value in folder.config().items() if name not in MAY_CHANGE}
+            changed = [key for key, value in begun.items() if fields.get(key, value) != value]
             if changed:
                 raise InputError(
                     f"output {str(path)!r} was begun with {changed[0]}={folder.config()[changed[0]]!r}, now "

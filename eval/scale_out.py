@@ -22,6 +22,7 @@ from backbones.errors import InputError
 from envs import MaskingCore, load_queries
 from envs.core import Slots
 from eval import cli
+from eval.answering import Answering
 from eval.latency import timed
 from eval.report import markdown
 from policies.baselines import random_plans
@@ -30,7 +31,7 @@ from policies.sb3_policy import TwoLevelPolicy
 
 
 @dataclass
-class ScaleOut(cli.Placement):
+class ScaleOut(cli.Placement, Answering):
     """Simulate training with train_rl.py --workers on more workers than there are here.
 
     Measures, on this machine, how long one worker takes for its plans, time and again, and how long the learner takes
@@ -73,9 +74,16 @@ class ScaleOut(cli.Placement):
             raise InputError(
                 f"--slower {self.slower:g} must be above 0, and --transfer-ms {self.transfer_ms:g} at least 0"
             )
+        self.check_cut()
         cli.check_output("--json", self.json)
         worker_seconds, learner_seconds = measure(
-            self.load(self.backbone), self.data, self.rows, self.epochs, self.repeats, self.seed
+            self.load(self.backbone),
+            self.data,
+            self.rows,
+            self.epochs,
+            self.repeats,
+            self.seed,
+            self.max_new_tokens,
         )
         middle, late = np.quantile(worker_seconds, [0.5, 0.95])
         print(
@@ -118,11 +126,17 @@ class Scaling:
 
 
 def measure(
-    backbone: Backbone, data: str, rows: int, epochs: int, repeats: int, seed: int = 0
+    backbone: Backbone,
+    data: str,
+    rows: int,
+    epochs: int,
+    repeats: int,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> tuple[np.ndarray, float]:
     """Seconds of a worker for ``rows`` plans, (repeats,), and the learner's for as many (median)."""
     torch.manual_seed(seed)
-    core = MaskingCore(backbone, load_queries(data, "validation", 4 * rows))
+    core = MaskingCore(backbone, load_queries(data, "validation", 4 * rows), max_new_tokens=max_new_tokens)
     slots = Slots(core, rows)
     slots.seed(seed)
     policy = _policy(core)

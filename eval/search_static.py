@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbones import Backbone, EncodingBank
+from backbones import Backbone
 from envs import load_queries
 from eval import cli, report
+from eval.failures import working
 from policies.static.search import SearchSettings, search_order
 from policies.static.searched import SearchedOrder
 
@@ -54,7 +55,7 @@ class SearchStatic(cli.Placement):
 
 def search(backbone: Backbone, data: str, split: str, queries: int, settings: SearchSettings) -> SearchedOrder:
     """Search on so many queries, spread over the split."""
-    bank = EncodingBank(backbone, load_queries(data, split).spread(queries))
+    bank, _ = working(backbone, load_queries(data, split).spread(queries))
     batches = [range(start, min(start + BATCH, len(bank))) for start in range(0, len(bank), BATCH)]
     return search_order(backbone, [bank.gather(batch) for batch in batches], data, split, settings)
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -13,7 +14,9 @@ from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
 from envs import load_queries
+from envs.answer_length import say_cuts
 from eval import cli, report
+from eval.answering import Answering
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.policies import load_planners, split_variants
 from policies.keep import check_share
@@ -22,7 +25,7 @@ GRID = Path(__file__).parent / "tuning-grid.txt"
 
 
 @dataclass
-class Tune(cli.Placement):
+class Tune(cli.Placement, Answering):
     """Evaluate settings of baselines on validation queries, and name each baseline's best.
 
     A setting is a policy as eval run takes it; those whose names begin alike, up to the first : or @, are settings of
@@ -57,10 +60,13 @@ class Tune(cli.Placement):
         for share in self.keep:
             check_share(share)
         cli.check_output("--json", self.json)
+        self.check_cut()
         policies = self.policies or read_grid(self.grid)
         backbone, queries = self.load(self.backbone), load_queries(self.data, self.split)
         bank = EncodingBank(backbone, queries.spread(self.limit))
-        records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed)
+        cut = self.max_new_tokens
+        say_cuts(backbone, [queries], cut)
+        records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed, cut)
         if not any(records.values()):
             raise cli.InputError(next(iter(left_out.values())))
         for policy, reason in left_out.items():
@@ -78,16 +84,18 @@ def evaluate_settings(
     budgets: Sequence[float],
     keep: Sequence[float] = (),
     seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> tuple[dict[str, list[Record]], dict[str, str]]:
     """Records by setting, and why settings have fewer than the others: this backbone, or a budget, does not allow
     them."""
     records: dict[str, list[Record]] = {}
     left_out: dict[str, str] = {}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": False}
     for policy in tqdm(policies, desc="tuning", unit="setting"):
         records[policy] = []
         try:
             for planner in load_planners([policy], backbone, seed, keep=keep):
-                found, gaps = outcomes_met(planner, backbone, bank, budgets, seed, progress=False)
+                found, gaps = outcomes_met(planner, backbone, bank, budgets, seed, **how)
                 records[policy] += [outcome.record for outcome in found]
                 left_out |= {f"{policy} at {budget:g}": reason for budget, reason in gaps.items()}
         except cli.InputError as error:

@@ -32,7 +32,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from backbones.atomic import UNFINISHED, put_in_place, remove_at_once
 from backbones.backbone import Backbone
-from backbones.encoding import EncodedImage, QuerySource
+from backbones.encoding import EncodedImage
 from backbones.errors import InputError, queries_named
 from backbones.executed import executed_answer_logits
 from backbones.finite import refuse_bad_gradients
@@ -44,6 +44,7 @@ from policies.baselines import random_waits
 from policies.checkpoints import reading_newest
 from policies.coherent import reorder_tokens
 from policies.projection import least_share, project
+from policies.training_queries import TrainingQueries
 
 SHARPNESS = 3.0
 """Of the split between tokens, heads and layers in training plans (``random_waits``): a third of them cut
@@ -55,6 +56,9 @@ RESTORED_SHARE = 0.5
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and the one before."""
+
+LEFT_OUT = "left-out.json"
+"""File of a checkpoint: which queries were left out so far, and of how many."""
 
 UNLOGGED = "unlogged.json"
 """File of a checkpoint: the parts of the loss, step by step, since the last line of metrics."""
@@ -81,35 +85,21 @@ class Collator:
     """Rows that number the queries of an image, made into a batch: pixels, questions, answers' ids.
 
     Args:
-        backbone: its processor prepares images and answers.
-        queries: numbered by the rows' ``queries``; those of a row show the same image.
+        drawn: the queries, numbered by the rows' ``queries``; those of a row show the same image.
     """
 
-    def __init__(self, backbone: Backbone, queries: QuerySource):
-        self.backbone, self.queries = backbone, queries
+    def __init__(self, drawn: TrainingQueries):
+        self.drawn = drawn
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-        images = [self.queries[row["queries"][0]].image for row in rows]
-        texts = [[self.queries.text(number) for number in row["queries"]] for row in rows]
+        images, numbers = zip(*(self.drawn.draw(row["queries"]) for row in rows), strict=True)
+        texts = [[self.drawn.queries.text(number) for number in own] for own in numbers]
         return {
-            "pixels": dict(self.backbone.family.process(images, [self.backbone.prompt("")] * len(images))),
+            "pixels": dict(self.drawn.backbone.pixels(images)),
             "questions": [[question for _, question, _ in row] for row in texts],
-            "answers": [[self._ids(id, accepted) for id, _, accepted in row] for row in texts],
+            "answers": [[self.drawn.answer(number) for number in own] for own in numbers],
             "ids": [id for row in texts for id, _, _ in row],
         }
-
-    def _ids(self, id: str, accepted: tuple[str, ...]) -> list[int]:
-        """Ids of the answer to learn: the most frequent of the accepted ones."""
-        if not accepted:
-            raise InputError(f"query {id!r} has no answers; training needs one")
-        answer = max(accepted, key=accepted.count)
-        ids = self.backbone.answer_ids(answer)
-        if not ids or self.backbone.processor.tokenizer.unk_token_id in ids:
-            raise InputError(
-                f"query {id!r}: the tokenizer cannot represent the answer {answer!r}; leave the query out, or train "
-                "with a tokenizer that has its words"
-            )
-        return ids
 
 
 class ElasticTrainer(SFTTrainer):
@@ -119,7 +109,7 @@ class ElasticTrainer(SFTTrainer):
 
     Args:
         backbone: trained in place.
-        queries: what the draws number.
+        drawn: the queries that the draws number.
         draws: one row an image and step, in order, with the column ``queries``.
         settings: plain steps, budgets, seed.
         args: TRL's.
@@ -130,19 +120,19 @@ class ElasticTrainer(SFTTrainer):
     def __init__(
         self,
         backbone: Backbone,
-        queries: QuerySource,
+        drawn: TrainingQueries,
         draws: datasets.Dataset,
         settings: ElasticSettings,
         args: SFTConfig,
         peft_config: LoraConfig | None = None,
         **options: Any,
     ):
-        self.backbone, self.settings = backbone, settings
+        self.backbone, self.settings, self.left_out = backbone, settings, drawn.left_out
         processor = backbone.processor
         super().__init__(
             model=backbone.model,
             args=args,
-            data_collator=Collator(backbone, queries),
+            data_collator=Collator(drawn),
             train_dataset=draws,
             processing_class=processor if isinstance(processor, ProcessorMixin) else processor.tokenizer,
             peft_config=peft_config,
@@ -200,6 +190,7 @@ class ElasticTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (written / UNLOGGED).write_text(json.dumps(self._metrics["train"]))
+            (written / LEFT_OUT).write_text(json.dumps(self.left_out.state()))
             put_in_place(written, place)
             for old in checkpoints(self._folder)[:-KEPT]:
                 remove_at_once(old)
@@ -211,6 +202,8 @@ class ElasticTrainer(SFTTrainer):
         with self._reading(resume_from_checkpoint) as checkpoint:
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             self._metrics["train"].update(read_json(checkpoint / UNLOGGED))
+            if (checkpoint / LEFT_OUT).exists():  # versions that ended at the first query that failed wrote none
+                self.left_out.load_state(read_json(checkpoint / LEFT_OUT))
             if isinstance(model, PeftModel):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:

@@ -201,6 +201,7 @@ FAILING = [
 
 BACKBONE = "train_backbone --out run --backbone {vlm} --steps 1 --images 2 --questions 1 --warmup 0"
 FAILING.append(Line(f"{BACKBONE} --data {{failing}}", "cannot be decoded"))
+FAILING.append(Line(f"{BACKBONE} --data {{long}}", "shorten the question"))
 
 PPO = f"train_rl {SMALL} --envs 4 --plans-per-query 2 --batch-size 4"
 GUMBEL = f"train_gumbel {SMALL} --batch-size 2"

@@ -9,10 +9,11 @@ import pytest
 
 from backbones import InputError
 from envs import load_queries
+from envs.answer_length import answer_cut
 from envs.benchmarks import reading
 from envs.benchmarks.metrics import MME_SUBTASKS
 from envs.benchmarks.parsing import exact, mmbench_says, mme_says, pope_says, scienceqa_says
-from envs.scoring import longest_answer, reference, score
+from envs.scoring import reference, score
 from tests import benchmark_files
 from tests.benchmark_files import picture
 
@@ -397,13 +398,13 @@ def test_copies_of_several_parts_and_without_images(tmp_path):
         load_queries(f"pope:root={tmp_path / 'bare'}", "test")
 
 
-def test_benchmarks_join_with_other_data(load, tmp_path):
+def test_benchmarks_join_with_other_data(load, small, tmp_path):
     gqa = load("gqa")
     both = load_queries(f"{gqa.name}+scenes:size=32,images=2", "test")
-    assert len(both) == 3 + 16 and longest_answer(both) == 16
+    assert len(both) == 3 + 16 and answer_cut(small, both) == 16
     assert score("White.", both.text(1)[2]) == 1 and both.metrics(range(19), ["no"] * 19, np.zeros(19)) is None
     assert both.text(3)[2] == load_queries("scenes:size=32,images=2", "test").text(0)[2]
-    assert longest_answer(load_queries("scenes:size=32,images=2", "test")) == 1
+    assert answer_cut(small, load_queries("scenes:size=32,images=2", "test")) == 1
 
 
 def test_your_own_data_can_name_a_rule(tmp_path):

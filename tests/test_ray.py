@@ -6,6 +6,7 @@ import signal
 import sys
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,9 @@ import train_rl
 from backbones import load_backbone
 from backbones.errors import InputError
 from envs import MaskingCore
+from envs.core import Slots
 from envs.ray_core import RayCore, check_workers
-from tests.conftest import command
+from tests.conftest import command, make_dataset
 from tests.test_train_rl import OPTIONS, lines
 
 ray = pytest.importorskip("ray")
@@ -49,6 +51,24 @@ def same(core, place):
 def test_workers_answer_as_one_process_does(core, place):
     assert len(set(core.processes())) == 2
     same(core, place)
+
+
+def test_workers_are_asked_of_no_query_that_fails(place, tmp_path, capsys):
+    """Null: a worker that is asked of one ends the training."""
+    rows = make_dataset().cast_column("image", datasets.Image(decode=False)).to_dict()
+    rows["image"][4] = {"path": None, "bytes": b"rubbish"}
+    datasets.Dataset.from_dict(rows, features=make_dataset().features).to_parquet(tmp_path / "broken.parquet")
+    load = partial(load_backbone, str(place / "vlm"))
+    core = RayCore(1, load(), load, data=str(tmp_path / "broken.parquet"), max_failed=0.5)
+    slots = Slots(core, 40)
+    slots.seed(0)
+    slots.draw()
+    assert core.left_out.numbers == [4] and 4 not in slots.numbers
+    plans = np.ones((40, core.layout.size), np.int8)
+    assert slots.step(plans).rewards.shape == (40,)
+    assert "query 'q4' failed: image " in capsys.readouterr().err
+    with pytest.raises(InputError, match="of query 'q4' cannot be decoded"):
+        core.execute(np.array([4]), np.ones(1, np.float32), plans[:1])
 
 
 def test_fewer_slots_than_workers_are_fine(core, place):

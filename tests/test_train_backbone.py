@@ -17,6 +17,7 @@ from backbones import InputError, load_backbone
 from backbones.loading import load_processor
 from envs.queries import DatasetQueries, load_queries
 from policies.elastic import Collator
+from policies.training_queries import TrainingQueries
 from tests.conftest import build_of, command, make_dataset
 from tests.families import build_family
 
@@ -160,7 +161,8 @@ def test_answers_that_cannot_be_learnt_are_named():
             id, question, answers = super().text(number)
             return id, question, answers if number == 0 else ()
 
-    collate = Collator(backbone, Unanswered(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "m", "t"))
+    queries = Unanswered(Dataset.from_dict(rows).cast_column("image", ImageFeature()), "m", "t")
+    collate = Collator(TrainingQueries(backbone, queries, max_failed=0))
     with pytest.raises(InputError, match="'q0': the tokenizer cannot represent the answer 'zebra'"):
         collate([{"queries": [0]}])
     with pytest.raises(InputError, match="'q1' has no answers; training needs one"):

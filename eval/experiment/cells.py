@@ -195,6 +195,7 @@ def measure(
     backbone: Backbone,
     bank: EncodingBank,
     budgets: Sequence[float],
+    max_new_tokens: int | None = None,
 ) -> None:
     """Evaluate the cell's policy, budget by budget, and write what it did.
 
@@ -204,12 +205,14 @@ def measure(
         backbone: answers.
         bank: the test queries.
         budgets: shares of the full plan's LLM FLOPs.
+        max_new_tokens: as in ``outcomes``.
     """
     planner = load_planner(fill(cell.arm.policy, cell, cells), backbone, cell.seed)
     records: list[Record] = []
     columns: dict[str, np.ndarray] = {}
     head: Record = {"arm": cell.arm.name, "seed": cell.seed}
-    found, gaps = outcomes_met(planner, backbone, bank, budgets, cell.seed, progress=False)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": False}
+    found, gaps = outcomes_met(planner, backbone, bank, budgets, cell.seed, **how)
     for outcome in found:
         records.append({**outcome.record, **head, "budgeted": planner.budgeted})
         for name in KEPT_COLUMNS:

@@ -16,8 +16,10 @@ from backbones import Backbone, EncodingBank
 from backbones.atomic import temporary, write_atomically, write_json
 from backbones.plain_files import MALFORMED, read_json
 from envs import load_queries
+from envs.answer_length import say_cuts
 from envs.queries import DatasetQueries
 from eval import cli
+from eval.answering import Answering
 from eval.evaluate import check_budgets
 from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from eval.experiment.cells import Cell, attempt, lay_out, measure, measure_times, train
@@ -34,7 +36,7 @@ SEARCH_QUERIES = 512
 
 
 @dataclass
-class Experiment(cli.Placement):
+class Experiment(cli.Placement, Answering):
     """Run one of the three experiments: train what is missing, evaluate it, write records, tables, plots, report.html.
 
     What is there is not done again, so an experiment that was stopped goes on where it was. A cell that fails is marked
@@ -82,6 +84,7 @@ class Experiment(cli.Placement):
         backbone, queries = self.load(self.backbone), self._queries()
         self._chosen(EXPERIMENTS[self.name](Prepared({}, Path())))
         self._begin(head)
+        say_cuts(backbone, [queries], self.max_new_tokens)
         tuned = self._tune(backbone)
         arms = EXPERIMENTS[self.name](Prepared(tuned, self._search(backbone)))
         cells = lay_out(self.out, arms, self.seeds)
@@ -91,7 +94,8 @@ class Experiment(cli.Placement):
             for cell in self._each(missing, cells, backbone, queries):
                 bar.set_postfix_str(f"{cell.arm.name}, seed {cell.seed}")
                 bar.update()
-        report = Report(self.name, self.out / self.name, cells, self.seeds, self.budgets, backbone, queries)
+        place, cut = self.out / self.name, self.max_new_tokens
+        report = Report(self.name, place, cells, self.seeds, self.budgets, backbone, queries, cut)
         report.write()
         print(report.text())
         print(f"report: {self.out / self.name / 'report.html'}")
@@ -104,6 +108,7 @@ class Experiment(cli.Placement):
             InputError: options that cannot work, or a folder of something else.
         """
         check_budgets(self.budgets)
+        self.check_cut()
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise cli.InputError(f"--seeds {' '.join(map(str, self.seeds))}: give one or more, each once")
         if len(self.budgets) < 2 or len(set(self.budgets)) != len(self.budgets):
@@ -117,7 +122,7 @@ class Experiment(cli.Placement):
             if getattr(self, option) is not None and getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         own = ("backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
-        head = json.loads(json.dumps({option: getattr(self, option) for option in own}))
+        head = json.loads(json.dumps({option: getattr(self, option) for option in (*own, "max_new_tokens")}))
         head["maskgym"] = environment()["maskgym"]
         file = self.out / HEAD
         check_place(self.out)
@@ -166,7 +171,8 @@ class Experiment(cli.Placement):
         if not file.is_file():
             bank = EncodingBank(backbone, load_queries(self.data, "validation").spread(self.tuning_queries))
             settings = settings_of(TUNED[self.name], read_grid(GRID))
-            records, left_out = evaluate_settings(settings, backbone, bank, self.budgets)
+            cut = self.max_new_tokens
+            records, left_out = evaluate_settings(settings, backbone, bank, self.budgets, max_new_tokens=cut)
             found = {"best": best_settings(records), "left_out": left_out, "records": records}
             write_json(file, found)
         return self._best(file)
@@ -208,7 +214,7 @@ class Experiment(cli.Placement):
         if not cell.done and cell.arm.script is not None and not cell.trained:
             train(cell, cells, self._training_options())
         if not cell.done:
-            measure(cell, cells, backbone, bank, self.budgets)
+            measure(cell, cells, backbone, bank, self.budgets, self.max_new_tokens)
         if self._to_time(cell):
             measure_times(cell, cells, backbone, bank, self.timing)
 
@@ -222,6 +228,8 @@ class Experiment(cli.Placement):
         options += ["--patience", "0"]  # the same queries for each
         options += ["--test-queries", "100", "--test-budgets", *map(str, self.budgets)]
         options += ["--device", self.device, "--dtype", self.dtype]
+        if self.max_new_tokens is not None:
+            options += ["--max-new-tokens", str(self.max_new_tokens)]
         if self.wandb is not None:
             options += ["--wandb", self.wandb, "--group", self.out.name]
         return options

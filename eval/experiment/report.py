@@ -9,14 +9,16 @@ import torch
 
 from backbones import Backbone, EncodingBank
 from backbones.atomic import write_atomically
+from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
-from envs.scoring import longest_answer, score
+from envs.scoring import score
 from eval.experiment.cells import TIME, Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
 from eval.experiment.summary import ArmResult, area_of, collect, comparisons, estimates, gaps, ranked
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
+from eval.failures import working
 from eval.latency import device_name
 from eval.policies import load_planner
 from eval.runs import command_line, environment
@@ -43,6 +45,7 @@ class Report:
         budgets: in rising order.
         backbone: plans and answers the gallery's queries.
         queries: of the test split.
+        max_new_tokens: as in ``outcomes``.
     """
 
     def __init__(
@@ -54,9 +57,11 @@ class Report:
         budgets: Sequence[float],
         backbone: Backbone,
         queries: DatasetQueries,
+        max_new_tokens: int | None = None,
     ):
         self.name, self.folder, self.cells, self.budgets = name, folder, cells, budgets
         self.backbone, self.queries = backbone, queries
+        self.cut = answer_cut(backbone, queries, max_new_tokens)
         self.results = collect(cells)
         self.found = estimates(self.results, queries.kinds)
         compared = comparisons(self.results, pairs(name), budgets)
@@ -152,8 +157,7 @@ class Report:
         measured = [result for result in ranked(self.results, self.budgets) if result.budgeted]
         measured.sort(key=lambda result: not is_ours(result.name))
         cells = [result.cells[0] for result in measured[:GALLERY_ARMS]]
-        picked = self.queries.spread(GALLERY_QUERIES)
-        bank = EncodingBank(self.backbone, picked)
+        bank, picked = working(self.backbone, self.queries.spread(GALLERY_QUERIES))
         shown: list[dict[str, dict[float, Shown]]] = [{} for _ in range(len(picked))]
         for cell in cells:
             planner = load_planner(fill(cell.arm.policy, cell, self.cells), self.backbone, cell.seed)
@@ -173,7 +177,7 @@ class Report:
         """What a planner keeps for every query of a small bank."""
         encoding = bank.gather(range(len(bank)))
         budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=self.backbone.device)
-        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B), longest_answer(bank.source))
+        answers = self.backbone.answer(encoding, planner.plan(encoding, budgets_B), self.cut)
         rows = []
         for row in range(len(encoding)):
             valid_N = encoding.visual_valid_BN[row].cpu().numpy()
