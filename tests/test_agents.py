@@ -53,7 +53,8 @@ def a2c(env):
 
 
 def trpo(env):
-    return TRPO("MultiInputPolicy", env, n_steps=STEPS, batch_size=STEPS, seed=0, device="cpu")
+    more = {"n_steps": STEPS, "batch_size": STEPS, "cg_max_steps": 2, "n_critic_updates": 1}
+    return TRPO("MultiInputPolicy", env, **more, seed=0, device="cpu")
 
 
 def recurrent(env):
