@@ -25,7 +25,9 @@ from backbones.loading import load_backbone
 from backbones.masks import Masks
 from backbones.survivors import Survivors
 from envs.answer_length import answer_cut
+from envs.frames import frames
 from envs.queries import load_queries
+from envs.resets import ResetNeeded, fixed, one_each
 from envs.rewards import Reward, RewardTerms, WeightedReward
 from envs.scoring import reference, score
 
@@ -105,7 +107,8 @@ class MaskingCore:
 
     @property
     def action_space(self) -> spaces.MultiDiscrete:
-        return spaces.MultiDiscrete(np.full(self.layout.size, 2), dtype=np.int8)  # type: ignore[arg-type]
+        """Two values a bit, as int64: agents add up ``nvec``, which int8 cannot hold."""
+        return spaces.MultiDiscrete(np.full(self.layout.size, 2))
 
     @property
     def observation_space(self) -> spaces.Dict:
@@ -287,6 +290,10 @@ class Slots:
         core: draws.
         count: B, the slots.
         plans_per_query: size of a group; must divide ``count``.
+
+    Attributes:
+        running: whether the slots have episodes that the next step answers.
+        executed: query numbers (B,) and flat actions (B, A) of the last step since ``reset``.
     """
 
     def __init__(self, core: MaskingCore, count: int, plans_per_query: int = 1):
@@ -299,21 +306,91 @@ class Slots:
         self.numbers = np.zeros(count, np.int64)
         self.budgets = np.ones(count, np.float32)
         self.generators: list[np.random.Generator] = []
+        self.running = False
+        self.executed: tuple[np.ndarray, np.ndarray] | None = None
 
-    def seed(self, seed: int | None) -> None:
-        """Slot i gets seed + i; without a seed, fresh entropy."""
+    def seed(self, seed: int | Sequence[int | None] | None) -> None:
+        """Group i gets seed + i, or its slots' own of a list (B,); without a seed it goes on, at first with fresh
+        entropy.
+
+        Raises:
+            InputError: a list of another length, or with different seeds in a group.
+        """
         groups = self.count // self.plans_per_query
-        seeds = [None] * groups if seed is None else [seed + group for group in range(groups)]
-        self.generators = [seeding.np_random(each)[0] for each in seeds]
+        if isinstance(seed, int):
+            seeds: list[int | None] = [seed + group for group in range(groups)]
+        else:
+            seeds = one_each("the seed", seed, self.count)
+            self._check_groups("seeds", np.array(seeds, object))
+            seeds = seeds[:: self.plans_per_query]
+        kept = self.generators
+        self.generators = [
+            kept[group] if kept and each is None else seeding.np_random(each)[0] for group, each in enumerate(seeds)
+        ]
+
+    def reset(self, seed: int | Sequence[int | None] | None, options: Sequence[Any]) -> None:
+        """Begin new episodes, whose queries or budgets may be given: see ``envs.resets``.
+
+        Args:
+            seed: see ``seed``.
+            options: (B,) dicts or None, one a slot.
+        """
+        given = [fixed(each, len(self.core.source)) for each in options]
+        self.seed(seed)
+        self.draw()
+        for slot, (number, budget) in enumerate(given):
+            if number is not None:
+                self.numbers[slot] = number
+            if budget is not None:
+                self.budgets[slot] = budget
+        self._check_groups("queries", self.numbers)
+        self._check_groups("budgets", self.budgets)
+        self.executed = None
 
     def draw(self) -> None:
         """New queries and budgets in every slot, in fresh arrays."""
         numbers, budgets = self.core.draw_each(self.generators)
         self.numbers = np.repeat(numbers, self.plans_per_query)
         self.budgets = np.repeat(budgets, self.plans_per_query)
+        self.running = True
 
     def observe(self) -> dict[str, np.ndarray]:
         return self.core.observe(self.numbers, self.budgets)
 
     def step(self, actions: np.ndarray) -> Outcome:
-        return self.core.step(self.numbers, self.budgets, actions)
+        """Answer the episodes, which ends them.
+
+        Raises:
+            ResetNeeded: there are none.
+        """
+        if not self.running:
+            raise ResetNeeded("step()")
+        outcome = self.core.step(self.numbers, self.budgets, actions)
+        self.running, self.executed = False, (self.numbers, np.asarray(actions))
+        return outcome
+
+    def render(self) -> list[np.ndarray]:
+        """A frame of each slot: what its last step showed the language model of the image; before it, all.
+
+        Raises:
+            ResetNeeded: there was no episode yet.
+        """
+        if self.executed is not None:
+            return frames(self.core.bank, self.executed[0], self.core.layout.parse(self.executed[1]).tokens)
+        if not self.running:
+            raise ResetNeeded("render()")
+        return frames(self.core.bank, self.numbers, self.core.layout.full(self.count).tokens)
+
+    def close(self) -> None:
+        """End the episodes; ``reset`` begins new ones."""
+        self.running, self.executed = False, None
+
+    def _check_groups(self, what: str, values: np.ndarray) -> None:
+        """Refuse what differs between slots that share a draw."""
+        groups = values.reshape(-1, self.plans_per_query)
+        if (groups != groups[:, :1]).any():
+            self.running = False
+            raise InputError(
+                f"the {what} differ within a group of {self.plans_per_query} slots, which answer the same query under "
+                "the same budget; give the slots of a group the same"
+            )

@@ -6,13 +6,14 @@ Shape legend: n visual tokens of an image, L layers, H head slots.
 from __future__ import annotations
 
 import io
-import math
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
+
+from envs.frames import darkened
 
 DROPPED, KEPT = "#dddddd", "#1f77b4"
 
@@ -27,20 +28,6 @@ def show_heads(axes: Axes, heads_LH: np.ndarray) -> None:
     """A row a layer, the first on top, a column a head slot."""
     _bare(axes)
     axes.imshow(heads_LH, cmap=ListedColormap([DROPPED, KEPT]), vmin=0, vmax=1, aspect="equal")
-
-
-def darkened(pixels: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The image with the patches of dropped tokens dark; where tokens are no square grid, a strip below says which are
-    kept."""
-    side = math.isqrt(len(tokens))
-    height, width = pixels.shape[:2]
-    if side * side == len(tokens):
-        rows, columns = (np.arange(size) * side // size for size in (height, width))
-        kept = tokens.reshape(side, side)[rows][:, columns]
-        return np.where(kept[..., None], pixels, pixels // 4)
-    strip = tokens[np.arange(width) * len(tokens) // width]
-    band = np.repeat(np.where(strip[None, :, None], 255, 40), max(2, height // 12), axis=0)
-    return np.concatenate([pixels, np.broadcast_to(band, (*band.shape[:2], 3)).astype(pixels.dtype)])
 
 
 def plan_png(image: Image.Image, tokens_n: np.ndarray, heads_LH: np.ndarray) -> bytes:

@@ -6,10 +6,19 @@ Importing it registers ``maskgym/Masking-v0`` with Gymnasium.
 import gymnasium
 
 from backbones import MaskLayout, Masks, Query, load_backbone
-from envs import RewardTerms, load_queries
+from envs import MaskingVecEnv, RewardTerms, load_queries
 from maskgym.adaptive import AdaptiveVLM
 
-__all__ = ["AdaptiveVLM", "MaskLayout", "Masks", "Query", "RewardTerms", "load_backbone", "load_queries"]
+__all__ = [
+    "AdaptiveVLM",
+    "MaskLayout",
+    "MaskingVecEnv",
+    "Masks",
+    "Query",
+    "RewardTerms",
+    "load_backbone",
+    "load_queries",
+]
 
 gymnasium.register(
     id="maskgym/Masking-v0",

@@ -32,6 +32,7 @@ class GroupRolloutBuffer(DictRolloutBuffer):
 
     def reset(self) -> None:
         super().reset()
+        self.actions = np.zeros(self.actions.shape, np.int8)  # of bits; the space's own type takes eight bytes for each
         self.log_probs = np.zeros((self.buffer_size, self.n_envs, self.ratios), dtype=np.float32)
 
     def _get_samples(  # type: ignore[override]

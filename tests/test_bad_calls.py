@@ -47,6 +47,8 @@ def given(desk, source):
     controller = TwoLevelController(ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=8))
     encoding = backbone.encode([source[0], source[1]])
     core = {"backbone": backbone, "data": source}
+    env = MaskingEnv(**core)
+    env.reset(seed=0)
     return SimpleNamespace(
         backbone=backbone,
         controller=controller,
@@ -56,7 +58,7 @@ def given(desk, source):
         encoding=encoding,
         full=backbone.full(encoding),
         core=core,
-        env=MaskingEnv(**core),
+        env=env,
         at=desk,
     )
 

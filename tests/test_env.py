@@ -1,12 +1,13 @@
-"""The three skins over one core: checked by Gymnasium and SB3, equal to each other, deterministic."""
+"""The three skins over one core: equal to each other, deterministic, and told the same. ``test_agents`` has Gymnasium's
+and SB3's own checks."""
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.monitor import Monitor
 
 import maskgym  # noqa: F401  registers the environment
 from backbones import InputError
@@ -16,17 +17,6 @@ from envs.core import Slots
 
 def options(small, source, **more):
     return {"backbone": small, "data": source, "budgets": (0.3, 1.0), **more}
-
-
-@pytest.mark.filterwarnings(
-    "ignore:.*unconventional shape.*", "ignore:.*infinity.*", "ignore:.*Box observation space.*"
-)
-@pytest.mark.parametrize("observation", ["id", "features"])
-def test_checkers_accept_the_scalar_environment(small, source, observation):
-    env = MaskingEnv(**options(small, source, observation=observation))
-    env.spec = gymnasium.spec("maskgym/Masking-v0")
-    check_env(env, skip_render_check=True)
-    sb3_check_env(env)
 
 
 def test_made_by_name_from_plain_data(tiny):
@@ -185,7 +175,7 @@ def test_features_are_the_encoding(small, source):
         ({"budgets": (0.8, 0.4)}, r"budgets are \(0.8, 0.4\)"),
         ({"budgets": (0.5, 1.5)}, r"budgets are \(0.5, 1.5\)"),
         ({"observation": "pixels"}, "observation is 'pixels'; it must be one of id, features"),
-        ({"render_mode": "human"}, "render_mode is 'human'"),
+        ({"render_mode": "human"}, "render_mode is 'human'; it must be 'rgb_array' or None"),
     ],
 )
 def test_bad_arguments_are_named(small, source, change, words):
@@ -219,3 +209,209 @@ def test_steps_leave_the_backbone_untouched(small, source):
     env.reset(seed=0)
     env.step(rollout(small, source, 0, count=4)[0])
     assert all(torch.equal(before[name], value) for name, value in small.model.state_dict().items())
+
+
+def test_the_values_of_actions_add_up(small, source):
+    """As stock agents add them; as int8 more than 63 bits overflow, which is why the space is of int64."""
+    space = MaskingCore(**options(small, source)).action_space
+    assert sum(space.nvec) == 2 * small.layout.size == space.nvec.sum()
+    with np.errstate(over="ignore"):
+        assert sum(np.full(64, 2, np.int8)) != 128
+
+
+def scalar_reset(env, seed=0, **given):
+    observation, _ = env.reset(seed=seed, options=given or None)
+    return {name: value[None] for name, value in observation.items()}
+
+
+def vector_reset(env, seed=0, **given):
+    return env.reset(seed=seed, options=given or None)[0]
+
+
+def sb3_reset(env, seed=0, **given):
+    env.seed(seed)
+    env.set_options(given)
+    return env.reset()
+
+
+SKINS = {
+    "scalar": (lambda count=1, **more: MaskingEnv(**more), scalar_reset),
+    "vector": (lambda count=1, **more: MaskingVectorEnv(count, **more), vector_reset),
+    "sb3": (lambda count=1, **more: MaskingVecEnv.make(count, **more), sb3_reset),
+}
+skins = pytest.mark.parametrize(("make", "reset"), SKINS.values(), ids=SKINS)
+
+
+@skins
+def test_reset_does_what_it_is_told_once(small, source, make, reset):
+    env = make(**options(small, source))
+    drawn, told = reset(env), reset(env, query=5, budget=0.25)
+    assert told["query"] == 5 and told["budget"] == np.float32(0.25)
+    assert drawn["query"] != 5 and drawn["budget"] != np.float32(0.25), "drawn by chance: choose another query"
+    assert reset(env)["query"] == drawn["query"]
+    half = reset(env, budget=np.float32(0.5))
+    assert half["query"] == drawn["query"] and half["budget"] == np.float32(0.5)
+    again = reset(env, **half)
+    assert all((again[name] == half[name]).all() for name in half), "an observation says which episode to repeat"
+
+
+@skins
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"bugdet": 0.5}, "reset has no option 'bugdet'; it takes query and budget"),
+        ({"reset_mask": np.ones(1, bool)}, "reset has no option 'reset_mask'; it takes query and budget"),
+        ({"query": 99}, "query number 99 does not exist; the source has 12 queries"),
+        ({"query": -1}, "query number -1 does not exist"),
+        ({"query": True}, "query number True does not exist"),
+        ({"query": 1.0}, r"query number 1\.0 does not exist"),
+        ({"budget": 2}, r"budget 2 is outside \(0, 1\]"),
+        ({"budget": float("nan")}, "budget nan is outside"),
+        ({"budget": "half"}, "budget half is outside"),
+    ],
+)
+def test_reset_refuses_in_every_skin_alike(small, source, make, reset, given, words):
+    env = make(**options(small, source))
+    with pytest.raises(InputError, match=words):
+        reset(env, **given)
+
+
+def test_slots_are_told_one_by_one(small, source):
+    """What is not given is drawn as if nothing were."""
+    vector, sb3 = MaskingVectorEnv(3, **options(small, source)), MaskingVecEnv.make(3, **options(small, source))
+    drawn = vector_reset(vector)
+    for _ in range(2):
+        told = vector_reset(vector, query=[3, None, 7], budget=[0.5, 0.75, None])
+        sb3.seed(0)
+        sb3.set_options([{"query": 3, "budget": 0.5}, {"budget": 0.75}, {"query": 7}])
+        for observation in (told, sb3.reset()):
+            assert observation["query"][:, 0].tolist() == [3, drawn["query"][1, 0], 7]
+            assert observation["budget"][:, 0].tolist() == [0.5, 0.75, drawn["budget"][2, 0]]
+    sb3.seed(0)
+    assert (sb3.reset()["query"] == drawn["query"]).all(), "options hold for one reset"
+    with pytest.raises(InputError, match="reset's option 'query' has 2 values for 3 slots"):
+        vector.reset(options={"query": [1, 2]})
+    sb3.set_options([{}, {}])
+    with pytest.raises(InputError, match="set_options has 2 values for 3 slots"):
+        sb3.reset()
+    with pytest.raises(InputError, match="give a dict"):
+        vector.reset(options=[{"query": 1}])
+
+
+def test_groups_are_told_together(small, source):
+    vector = MaskingVectorEnv(4, plans_per_query=2, **options(small, source))
+    told, _ = vector.reset(seed=[1, 1, 2, 2], options={"query": [3, 3, None, None]})
+    assert told["query"][:2].tolist() == [[3], [3]] and told["query"][2] == told["query"][3]
+    for bad in (
+        {"seed": [1, 2, 3, 4]},
+        {"options": {"query": [3, 4, 5, 5]}},
+        {"options": {"budget": [0.5, 0.6, 1, 1]}},
+    ):
+        with pytest.raises(InputError, match="differ within a group of 2 slots"):
+            vector.reset(**bad)
+
+
+def test_seeds_of_slots(small, source):
+    """A list gives each its own, None lets it go on; a number counts up; SB3's seed does as much."""
+    env, sb3 = MaskingVectorEnv(3, **options(small, source)), MaskingVecEnv.make(3, **options(small, source))
+    counted, _ = env.reset(seed=7)
+    going_on, _ = env.reset()
+    env.reset(seed=7)
+    listed, _ = env.reset(seed=[9, None, 7])
+    assert (
+        listed["budget"][2] == counted["budget"][0] == scalar_reset(MaskingEnv(**options(small, source)), 7)["budget"]
+    )
+    assert listed["budget"][0] == counted["budget"][2] and listed["budget"][1] == going_on["budget"][1]
+    assert sb3.seed(7) == [7, 8, 9] and (sb3.reset()["budget"] == counted["budget"]).all()
+    assert (sb3.reset()["budget"] == going_on["budget"]).all()
+    with pytest.raises(InputError, match="the seed has 2 values for 3 slots"):
+        env.reset(seed=[1, 2])
+
+
+@skins
+def test_a_step_needs_a_reset(small, source, make, reset):
+    env = make(**options(small, source), render_mode="rgb_array")
+    action = np.ones((1, small.layout.size), int)
+    action = action[0] if isinstance(env, MaskingEnv) else action
+    for call in (lambda: env.step(action), env.render):
+        with pytest.raises(ResetNeeded, match=r"needs an episode, and none is running: call reset\(\) first"):
+            call()
+    reset(env)
+    with pytest.raises(InputError, match="flat vector"):
+        env.step(action[..., :3])
+    env.step(action)
+    if isinstance(env, MaskingEnv):  # the others have begun the next episode
+        with pytest.raises(ResetNeeded, match="none is running"):
+            env.step(action)
+    env.close()
+    env.close()
+    with pytest.raises((ResetNeeded, ClosedEnvironmentError), match=r"none is running|was closed"):
+        env.step(action)
+
+
+def test_a_closed_vector_stays_closed_and_others_can_be_reset(small, source):
+    for name, (make, reset) in SKINS.items():
+        env = make(**options(small, source))
+        reset(env)
+        env.close()
+        if name == "vector":
+            with pytest.raises(ClosedEnvironmentError, match="make another"):
+                reset(env)
+        else:
+            assert reset(env)["query"].shape == (1, 1)
+
+
+@skins
+@pytest.mark.parametrize("count", [1, 3])
+def test_actions_of_every_type_are_the_same(small, source, make, reset, count):
+    count = 1 if make is SKINS["scalar"][0] else count
+    env = make(count, **options(small, source))
+    bits = np.random.default_rng(0).integers(0, 2, (count, small.layout.size))
+    bits = bits[0] if isinstance(env, MaskingEnv) else bits
+    results = []
+    kinds = (np.int64, np.int32, np.int8, np.uint8, np.bool_, np.float32)
+    for action in (*(bits.astype(kind) for kind in kinds), bits.tolist(), torch.from_numpy(bits)):
+        reset(env)
+        results.append(np.atleast_1d(env.step(action)[1]).tolist())
+    assert len(results[0]) == count and all(result == results[0] for result in results)
+
+
+def test_slots_of_a_vec_env_by_index(small, source):
+    env = MaskingVecEnv.make(3, **options(small, source))
+    assert env.get_attr("core", [0, -1]) == [env.core] * 2 and env.get_attr("render_mode") == [None] * 3
+    assert env.env_is_wrapped(Monitor) == [True] * 3 and env.env_is_wrapped(gymnasium.Wrapper, 1) == [False]
+    env.set_attr("note", 1)
+    assert env.get_attr("note", range(3)) == [1, 1, 1] and not env.has_attr("nothing")
+    for call in (env.get_attr, lambda name, indices: env.env_is_wrapped(Monitor, indices)):
+        with pytest.raises(IndexError):
+            call("core", 3)
+    with pytest.raises(InputError, match=r"set_attr\('note'\) is for some slots"):
+        env.set_attr("note", 2, [0, 2])
+    with pytest.raises(InputError, match=r"env_method\('reset'\)"):
+        env.env_method("reset", indices=0)
+    assert env.get_attr("note") == [1] * 3
+
+
+@skins
+def test_pictures_show_what_the_plan_left_of_the_image(small, source, make, reset):
+    """Sixteen tokens are a grid of 4 x 4: the first is the patch at the upper left."""
+    env = make(**options(small, source), render_mode="rgb_array")
+    reset(env, query=5)
+    image = np.asarray(source[5].image.convert("RGB").resize((256, 256)))
+    action = np.ones((1, small.layout.size), int)
+    action[0, 0] = 0
+    before = np.asarray(env.render()).reshape(256, 256, 3)
+    env.step(action[0] if isinstance(env, MaskingEnv) else action)
+    after = np.asarray(env.render()).reshape(256, 256, 3)
+    assert after.dtype == np.uint8 and (before == image).all()
+    assert (after[:64, :64] == image[:64, :64] // 4).all() and (after[64:] == image[64:]).all()
+    reset(env, query=4)
+    assert (np.asarray(env.render()).reshape(256, 256, 3) != after).any()
+
+
+@skins
+def test_without_a_render_mode_there_is_no_picture(small, source, make, reset):
+    env = make(**options(small, source))
+    reset(env)
+    with pytest.warns(UserWarning, match="render"):
+        assert env.render() is None
