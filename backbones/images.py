@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import IO
@@ -23,9 +24,9 @@ MOST_PIXELS = 89e6
 LONGEST_PATH = 200
 """Characters of a path that a message quotes."""
 
-LINK = r"^[A-Za-z][A-Za-z0-9+.-]*://"
-ENCODED = r"^(data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR)"
-"""How a picture written as text begins: a data URI, or the base64 of a JPEG, PNG, GIF or WebP."""
+LINK = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+NO_PATH = rf"{LINK.pattern}|^(data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR)"
+"""How a text begins that is no path: a link, a data URI, or the base64 of a JPEG, PNG, GIF or WebP."""
 
 
 def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = MOST_PIXELS) -> Image.Image:
@@ -141,15 +142,20 @@ def shown_path(path: str) -> str:
     return path if len(path) <= LONGEST_PATH else f"…{path[-LONGEST_PATH:]}"
 
 
+def is_no_path(text: str) -> bool:
+    """Whether a text that stands for an image is a link, or the picture itself."""
+    return re.match(NO_PATH, text) is not None and not os.path.exists(text)
+
+
 def check_path(text: str, called: str) -> None:
     """Refuse a text that stands for an image and is no path.
 
     Raises:
         InputError: a link, or a picture written as text.
     """
-    if re.match(LINK, text):
+    if LINK.match(text):
         raise InputError(f"{called} is a link; download the image, and give the path of its file")
-    if re.match(ENCODED, text) and not Path(text[:255]).exists():
+    if is_no_path(text):
         raise InputError(f"{called} is an image written as text (base64); decode it, and give its bytes or a file")
 
 

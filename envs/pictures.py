@@ -15,8 +15,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from backbones.errors import InputError
-from backbones.images import ENCODED, LINK, check_path, image_of, read_image, shown_path
+from backbones.images import NO_PATH, check_path, image_of, read_image, shown_path
 from envs.cells import is_text
+
+IMAGES = ("image", "beside")
+"""The columns that hold images."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,17 @@ class Pictures:
                 f"data {data!r}: the column {name!r} is {feature}; it must hold one image a row, several images a "
                 "query are not supported"
             )
-        self.column = column
+        self.column, self.are_arrays = column, is_array(column.type)
         for row in self._no_paths():
-            check_path(self[row].path, f"data {data!r}, row {row}: {name}")
+            picture = self[row]
+            check_path((picture and picture.path) or "", f"data {data!r}, row {row}: {name}")
 
     def __getitem__(self, row: int) -> Picture | None:
         """What a row has; None where it has no image."""
         cell = self.column[row]
         if not cell.is_valid:
             return None
-        if isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar | pa.ExtensionScalar):
+        if self.are_arrays:
             return Picture(pixels=_pixels(cell))
         value = cell.as_py()
         given = value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
@@ -109,24 +113,27 @@ class Pictures:
                 paths = pc.if_else(pc.is_null(pc.struct_field(self.column, "bytes")), paths, None)
         if not is_text(paths.type):
             return []
-        wrong = pc.match_substring_regex(paths.cast(pa.string()), f"{LINK}|{ENCODED}")
+        wrong = pc.match_substring_regex(paths.cast(pa.string()), NO_PATH)
         return np.flatnonzero(pc.fill_null(wrong, False).to_numpy()).tolist()
+
+
+def is_array(kind: pa.DataType) -> bool:
+    """Whether cells of an Arrow type are lists, whatever they hold."""
+    return isinstance(kind, pa.BaseExtensionType) or (hasattr(kind, "value_type") and not pa.types.is_dictionary(kind))
 
 
 def _holds_images(kind: pa.DataType, feature: Any) -> bool:
     if pa.types.is_struct(kind):
-        return (
-            isinstance(feature, datasets.Image | dict) and {field.name for field in kind} & {"bytes", "path"} != set()
-        )
+        fields = {field.name for field in kind}
+        return isinstance(feature, datasets.Image | dict) and not fields.isdisjoint(("bytes", "path"))
     if isinstance(kind, pa.BaseExtensionType):
         return isinstance(feature, datasets.Array2D | datasets.Array3D)
     depth = 0
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    while is_array(kind):
         kind, depth = kind.value_type, depth + 1
     if depth:
-        return depth in (2, 3) and (
-            pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        )
+        numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        return numbers and depth in (2, 3)
     return is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
@@ -134,7 +141,7 @@ def _pixels(cell: Any) -> np.ndarray:
     """The array that nested lists hold, without making a Python object of every number."""
     values = (cell.value if isinstance(cell, pa.ExtensionScalar) else cell).values
     shape = [len(values)]
-    while hasattr(values.type, "value_type"):
+    while is_array(values.type):
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
         if len(lengths) != 1 or lengths[0] is None:
             return np.empty(0)  # of no one shape

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from backbones.encoding import Query, no_image
@@ -22,19 +20,12 @@ from envs.accepted import Accepted
 from envs.benchmarks.metrics import Answered, Metrics
 from envs.benchmarks.rules import RULES
 from envs.benchmarks.source import SOURCES
-from envs.cells import Unreadable, lists, shown, texts
-from envs.local_data import load_path, no_rows
-from envs.pictures import Picture, Pictures
+from envs.columns import COLUMNS, TEXTS, alike, checked, read, stored
+from envs.local_data import is_hub_id, load_from_hub, load_path, no_rows
+from envs.pictures import IMAGES, Picture, Pictures
 from envs.scenes import scenes
 from envs.side_by_side import side_by_side
 
-COLUMNS = ("image", "question", "answers")
-IMAGES = ("image", "beside")
-OPTIONAL = ("beside", "scoring", "choices", "group")
-TEXTS = ("id", "question", "answers", "type", "scoring", "choices", "group")
-LISTS = ("answers", "choices")
-NEEDED = ("id", "question", "answers")
-"""Of the columns that there are; other cells may be missing."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -57,8 +48,7 @@ class DatasetQueries:
     """
 
     def __init__(self, dataset: datasets.Dataset, name: str, split: str):
-        _check_table(dataset, name)
-        dataset = _renamed(dataset)
+        dataset = checked(dataset, name)
         missing = [column for column in COLUMNS if column not in dataset.column_names]
         if missing:
             raise InputError(
@@ -68,13 +58,12 @@ class DatasetQueries:
         if len(dataset) == 0:
             raise no_rows(name, split)
         self.name, self.split = name, split
-        images = [column for column in IMAGES if column in dataset.column_names]
-        told = [column for column in TEXTS if column in dataset.column_names]
+        there = {each: [column for column in each if column in dataset.column_names] for each in (TEXTS, IMAGES)}
         self._columns = {
-            each: _read(stored, dataset.features[each], name, each) for each, stored in _stored(dataset, told)
+            column: read(cells, feature, name, column) for column, cells, feature in stored(dataset, there[TEXTS])
         }
         self._images = {
-            each: Pictures(stored, dataset.features[each], name, each) for each, stored in _stored(dataset, images)
+            column: Pictures(cells, feature, name, column) for column, cells, feature in stored(dataset, there[IMAGES])
         }
         self._rows: Sequence[int] = range(len(dataset))
         self.rules = _rules(self._columns.get("scoring"), name)
@@ -203,61 +192,6 @@ class DatasetQueries:
         return decoded[0] if len(decoded) == 1 else side_by_side(*decoded)
 
 
-def _stored(dataset: datasets.Dataset, names: Sequence[str]) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """Columns as Arrow has them, on disk where the data set is memory-mapped: a cell is read in a microsecond, where a
-    ``datasets.Dataset`` takes tens."""
-    table = dataset.select_columns(list(names)).with_format("arrow")[:]
-    return ((name, table.column(name)) for name in names)
-
-
-def _check_table(dataset: Any, name: str) -> None:
-    """Refuse what rows cannot be picked from."""
-    if isinstance(dataset, datasets.Dataset):
-        return
-    if isinstance(dataset, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise InputError(f"data {name!r} is a stream, whose rows cannot be picked; load it without streaming=True")
-    if isinstance(dataset, datasets.DatasetDict):
-        raise InputError(f"data {name!r} has the splits {', '.join(dataset)}; give one of them, as in data['test']")
-    raise InputError(f"data {name!r} is of type {type(dataset).__name__}; it must be a datasets.Dataset")
-
-
-def _renamed(dataset: datasets.Dataset) -> datasets.Dataset:
-    """With the column of answers by its name here."""
-    there = dataset.column_names
-    return dataset.rename_column("answer", "answers") if "answer" in there and "answers" not in there else dataset
-
-
-def _read(stored: pa.ChunkedArray, feature: Any, data: str, name: str) -> pa.ChunkedArray:
-    """A column's texts, or lists of texts.
-
-    Raises:
-        InputError: a cell that cannot be read, or that must not be missing; the message names its row.
-    """
-    try:
-        if name not in LISTS:
-            column = texts(stored, feature)
-            _check_missing(pc.is_null(column), name in NEEDED, "it must be a text")
-            return column
-        column = lists(stored, feature)
-        short = pc.equal(pc.list_value_length(column), 0)
-        _check_missing(pc.fill_null(short, True), name in NEEDED, "it must be a list of texts, at least one")
-        if pc.list_flatten(column).null_count:
-            raise Unreadable(_first_hole(column), "a text is missing")
-        return column
-    except Unreadable as error:
-        cell = shown(stored[error.row].as_py())
-        raise InputError(f"data {data!r}, row {error.row}: {name} is {cell}; {error.reason}") from error
-
-
-def _check_missing(missing: pa.ChunkedArray, needed: bool, reason: str) -> None:
-    if needed and pc.any(missing).as_py():
-        raise Unreadable(pc.index(missing, True).as_py(), reason)
-
-
-def _first_hole(column: pa.ChunkedArray) -> int:
-    return next(row for row, cell in enumerate(column) if cell.is_valid and None in cell.as_py())
-
-
 def _rules(scoring: Any | None, name: str) -> tuple[str | None, ...]:
     """The rules that queries of a data set are scored by; None where a query names none."""
     rules = (None,) if scoring is None else tuple(scoring.unique().to_pylist())
@@ -293,43 +227,33 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
     """Queries by name or local path.
 
     Args:
-        data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``) or a path: a
-            ``save_to_disk`` folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder
-            with one such file per split; or several joined by ``+``.
+        data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``), a path: of a
+            ``save_to_disk`` folder, a table (parquet, Arrow, JSON, CSV, TSV), or a folder of tables by split; a hub id
+            (``owner/name``, ``owner/name:config=C,revision=R``); or several joined by ``+``.
         split: ``train``, ``validation`` or ``test``.
         limit: keep this many queries at most.
 
     Raises:
-        InputError: an unknown name, split or format; a missing column.
+        InputError: an unknown name, split or format; and what ``DatasetQueries`` refuses.
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     whole = not os.path.exists(data) and "+" in data
-    parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
+    names = data.split("+") if whole else [data]
+    parts = [_load(name, split) for name in names]
     if len(parts) > 1:
-        parts = [_with_images(_with_ids(part)) for part in parts]
-        kept = {"id", *COLUMNS, *OPTIONAL}
-        parts = [part.select_columns([name for name in part.column_names if name in kept]) for part in parts]
+        parts = [alike(part, name) for part, name in zip(parts, names, strict=True)]
     return DatasetQueries(datasets.concatenate_datasets(parts), data, split).head(limit)
 
 
 def _load(data: str, split: str) -> datasets.Dataset:
-    """One data set by name, perhaps with options as in ``scenes:size=128,seed=3``, or by path."""
+    """One data set by name, perhaps with options as in ``scenes:size=128,seed=3``, by path, or from the hub."""
     name, _, options = data.partition(":")
     if name in NAMED:
         return NAMED[name](split, **parse_options(NAMED[name], f"data {name!r}", options, hidden=("split",)))
     if os.path.exists(data):
         return load_path(Path(data), split)
-    raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
-
-
-def _with_ids(dataset: datasets.Dataset) -> datasets.Dataset:
-    if "id" in dataset.column_names:
-        return dataset
-    return dataset.add_column("id", [str(row) for row in range(len(dataset))])
-
-
-def _with_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Paths of images as images, as other data sets have them."""
-    paths = getattr(dataset.features.get("image"), "dtype", None) == "string"
-    return dataset.cast_column("image", datasets.Image()) if paths else dataset
+    if is_hub_id(name):
+        hidden = ("split", "repository")
+        return load_from_hub(split, name, **parse_options(load_from_hub, f"data {name!r}", options, hidden))
+    raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, a path that exists, or a hub id")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from envs.benchmarks.multiple_choice import MMBENCH, SCIENCEQA
 from envs.benchmarks.short_answers import CLEVR, GQA, TEXTVQA, TEXTVQA_OCR, VIZWIZ, VQAV2
 from envs.benchmarks.true_or_false import MME, NLVR2, POPE
 from envs.cached import cached
-from envs.local_data import is_saved, pick_split, unreadable
+from envs.local_data import is_saved, named_files, pick_split, unreadable
 
 VERSION = 1
 """Raised when the same files give other rows than before, so that no cache mixes the two."""
@@ -187,17 +186,14 @@ def _open_copy(folder: Path, split: str, parts: Sequence[str]) -> datasets.Datas
 
 
 def _load_parquet(path: Path) -> Any:
-    """A file, or a folder as on the hub, whose README may say which of its files are data.
+    """A file, or a folder as on the hub.
 
     Raises:
         ValueError: data outside of the folder.
     """
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path))
-    named = datasets.load_dataset_builder(str(path)).config.data_files or {}
-    for file in (file for files in named.values() for file in files):
-        if not Path(os.path.abspath(file)).is_relative_to(path.absolute()):
-            raise ValueError(f"its README has data in {file!r}, outside of it")
+    named_files(path)
     return datasets.load_dataset(str(path))
 
 
