@@ -100,7 +100,7 @@ def _number(value: float | np.floating) -> str | None:
     if not np.isfinite(value):
         raise ValueError("it must be a finite number")
     if value == int(value):
-        if abs(value) > 2.0 ** (np.finfo(type(value)).nmant + 1):
+        if abs(float(value)) > 2.0 ** (np.finfo(np.dtype(type(value))).nmant + 1):
             raise ValueError("it has more digits than a float keeps: write it as a text")
         return str(int(value))
     return np.format_float_positional(value, trim="-")
@@ -223,11 +223,11 @@ def _moments(array: pa.Array) -> pa.Array:
 
 
 def _fits(array: pa.Array, kind: pa.DataType) -> bool:
+    """Whether all that cells say is left in another type; Arrow itself drops a time of day without a word."""
     try:
-        array.cast(kind)
+        return bool(array.cast(kind).cast(array.type).equals(array))
     except pa.ArrowInvalid:
         return False
-    return True
 
 
 def _each(array: pa.Array, read: Callable[[Any], Any], type: pa.DataType | None = None) -> pa.Array:

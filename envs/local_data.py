@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pandas as pd
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, resolve_pattern
+from huggingface_hub import HfApi
 
 from backbones.errors import InputError, printable
 from backbones.images import is_no_path
@@ -30,6 +31,8 @@ METADATA = "metadata"
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LONGEST_REASON = 240
+PATIENCE = 10
+"""Seconds that the hub has for saying whether a data set is there."""
 
 
 def load_path(path: Path, split: str) -> datasets.Dataset:
@@ -61,12 +64,15 @@ def load_from_hub(split: str, repository: str, config: str = "", revision: str =
     Raises:
         InputError: nothing of that name that can be fetched, or no such split.
     """
-    options = {"name": config or None, "revision": revision or None}
+    load = {"path": repository, "name": config or None, "revision": revision or None}
     try:
-        files = datasets.load_dataset_builder(repository, **options).config.data_files or {}
+        HfApi().dataset_info(repository, revision=revision or None, timeout=PATIENCE)  # datasets would try for a minute
+        files = datasets.load_dataset_builder(**load).config.data_files or {}
         picked = pick_split(list(files), names_of(split), repository)
+        if not all(str(file).startswith(f"hf://datasets/{repository}@") for file in files[picked]):
+            raise ValueError("its README has data outside of it")
         return datasets.load_dataset(
-            repository, **options, data_files={picked: files[picked]}, split=picked, verification_mode="no_checks"
+            **load, data_files={picked: files[picked]}, split=picked, verification_mode="no_checks"
         )
     except InputError:
         raise
