@@ -110,8 +110,9 @@ def image_of(pixels: np.ndarray, called: str) -> Image.Image:
             f"{called} is an array of {pixels.dtype}, of shape {pixels.shape}; it must hold numbers, of shape (height, "
             "width) or (height, width, 1 to 4 channels): transpose it"
         )
-    scaled = pixels if pixels.dtype == np.uint8 else in_8_bits(pixels, called)
-    return upright_rgb(Image.fromarray(np.ascontiguousarray(scaled[..., 0] if channels == (1,) else scaled)), called)
+    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    pixels = pixels if pixels.dtype == np.uint8 else in_8_bits(pixels, called)
+    return upright_rgb(Image.fromarray(np.ascontiguousarray(pixels)), called)
 
 
 def in_8_bits(values: np.ndarray, called: str) -> np.ndarray:

@@ -100,7 +100,7 @@ def _number(value: float | np.floating) -> str | None:
     if not np.isfinite(value):
         raise ValueError("it must be a finite number")
     if value == int(value):
-        if abs(float(value)) > 2.0 ** (np.finfo(np.dtype(type(value))).nmant + 1):
+        if abs(float(value)) > 2.0 ** (np.finfo(np.asarray(value).dtype).nmant + 1):
             raise ValueError("it has more digits than a float keeps: write it as a text")
         return str(int(value))
     return np.format_float_positional(value, trim="-")

@@ -73,6 +73,12 @@ def read(cells: pa.ChunkedArray, feature: Any, data: str, name: str) -> pa.Chunk
         raise InputError(f"data {data!r}, row {error.row}: {name} is {cell}; {error.reason}") from error
 
 
+def replaced(dataset: datasets.Dataset, made: datasets.Dataset) -> datasets.Dataset:
+    """With the columns of another data set in place of its own."""
+    rest = dataset.remove_columns(made.column_names)
+    return datasets.concatenate_datasets([rest, made], axis=1) if rest.column_names else made
+
+
 def alike(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     """With those of the columns here that joined data sets have, of the types that each of them has.
 
@@ -90,11 +96,9 @@ def alike(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
             kind: Any = datasets.Value("string")
             kind = datasets.List(kind) if column in LISTS else kind
             if feature != kind:
-                features = datasets.Features({column: kind})
-                told = pa.table({column: read(cells, feature, name, column)}).cast(features.arrow_schema)
-                dataset = datasets.concatenate_datasets(
-                    [dataset.remove_columns([column]), datasets.Dataset(told)], axis=1
-                )
+                schema = datasets.Features({column: kind}).arrow_schema
+                told = pa.table({column: read(cells, feature, name, column)}).cast(schema)
+                dataset = replaced(dataset, datasets.Dataset(told))
     return dataset.select_columns(kept)
 
 
@@ -104,7 +108,7 @@ def _with_images(dataset: datasets.Dataset, column: str, pictures: Pictures) -> 
         return dataset.cast_column(column, datasets.Image())
     shown = [None if (one := pictures[row]) is None else one.decoded(one.called(row)) for row in range(len(dataset))]
     made = datasets.Dataset.from_dict({column: shown}, features=datasets.Features({column: datasets.Image()}))
-    return datasets.concatenate_datasets([dataset.remove_columns([column]), made], axis=1)
+    return replaced(dataset, made)
 
 
 def _refuse(missing: pa.ChunkedArray, needed: bool, reason: str) -> None:

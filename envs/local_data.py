@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 
 from backbones.errors import InputError, printable
 from backbones.images import is_no_path
+from envs.columns import replaced
 from envs.pictures import IMAGES
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
@@ -228,7 +229,7 @@ def _with_paths(dataset: datasets.Dataset, folder: Path) -> datasets.Dataset:
                 batched=True,
                 features=datasets.Features({column: datasets.Value("string")}),
             )
-            dataset = datasets.concatenate_datasets([dataset.remove_columns([column]), absolute], axis=1)
+            dataset = replaced(dataset, absolute)
     return dataset
 
 

@@ -159,7 +159,7 @@ def test_bad_sources_are_named(tmp_path):
     folder.mkdir()
     make_dataset(2).to_parquet(folder / "train.parquet")
     make_dataset(2).to_parquet(folder / "test.parquet")
-    with pytest.raises(InputError, match="no split 'validation'; it has test, train"):
+    with pytest.raises(InputError, match="no split 'validation'; it has train, test"):
         load_queries(str(folder), "validation")
 
 
