@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import datasets
 import pandas as pd
-from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, resolve_pattern
+from datasets.data_files import DEFAULT_PATTERNS_ALL, SPLIT_KEYWORDS, _get_data_files_patterns, resolve_pattern
 from huggingface_hub import HfApi
 
 from backbones.errors import InputError, printable
@@ -29,7 +30,9 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 METADATA = "metadata"
 """Name of the tables of an image folder, whose column ``file_name`` names the images."""
 
-SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
+SHARD = re.compile(r"[-_ ]*\d*(-of-\d+)?$")
+"""What tells the shards of one table apart, at the end of their names."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LONGEST_REASON = 240
 PATIENCE = 10
@@ -44,7 +47,8 @@ def load_path(path: Path, split: str) -> datasets.Dataset:
         InputError: another format, no such split, no rows, or something that cannot be read.
     """
     try:
-        return _open(path, split)
+        with _quiet():
+            return _open(path, split)
     except InputError:
         raise
     except Exception as error:  # datasets raises many kinds; whatever it is, the path could not be read
@@ -145,7 +149,7 @@ def _open(path: Path, split: str) -> datasets.Dataset:
     splits = _splits(path)
     if splits:
         return _tables(splits[pick_split(list(splits), names_of(split), path)])
-    folders: Any = datasets.load_dataset(str(path))  # images alone, archives
+    folders: Any = datasets.load_dataset("imagefolder", data_dir=str(path))  # in an archive, say
     return folders[pick_split(list(folders), names_of(split), path)]
 
 
@@ -171,7 +175,7 @@ def _found(path: Path, is_meant: Callable[[Path], bool]) -> dict[str, list[Path]
         left = set(find("**"))
     except FileNotFoundError:
         return {}
-    for split, own in patterns.items():
+    for split, own in (patterns if patterns != DEFAULT_PATTERNS_ALL else {}).items():
         for pattern in own:
             try:
                 splits[str(split)] += [file for file in find(pattern) if file in left]
@@ -179,7 +183,7 @@ def _found(path: Path, is_meant: Callable[[Path], bool]) -> dict[str, list[Path]
                 continue
             left -= set(splits[str(split)])
     for file in sorted(left):
-        splits[SHARD.sub("", file.name.split(".")[0])].append(file)
+        splits[SHARD.sub("", file.name.split(".")[0]) or "train"].append(file)
     return dict(splits)
 
 
@@ -244,6 +248,17 @@ def _suffix(file: Path) -> str:
 def _format(file: Path) -> str:
     """Empty where it is none that is known."""
     return FORMATS.get(_suffix(file), "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ``datasets`` itself says of an error that it raises."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _reason(error: Exception) -> str:

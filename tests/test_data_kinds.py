@@ -403,6 +403,16 @@ def test_files_that_belong_to_no_split_serve_none(tmp_path):
         load_queries(str(tmp_path), "test")
 
 
+def test_files_without_a_split_in_their_names_are_one_source_if_they_are_shards(tmp_path):
+    for number in range(2):
+        lines(tmp_path / "shards" / f"part-{number}.jsonl", asked(f"part {number}"))
+        lines(tmp_path / "others" / f"{'ab'[number]}.jsonl", asked(f"part {number}"))
+    queries = load_queries(str(tmp_path / "shards"), "test")
+    assert [queries.text(row)[1] for row in range(4)] == ["part 0 0?", "part 0 1?", "part 1 0?", "part 1 1?"]
+    with pytest.raises(InputError, match="has no split 'test'; it has a, b"):
+        load_queries(str(tmp_path / "others"), "test")
+
+
 def test_splits_may_have_other_columns(tmp_path):
     """Only the split that is asked for is read."""
     lines(tmp_path / "train.jsonl", asked("train"))
@@ -490,11 +500,12 @@ def png():
     return file.getvalue()
 
 
-def test_errors_of_datasets_are_one_short_line(tmp_path):
+def test_errors_of_datasets_are_one_short_line(tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text('{"image": ' + "x" * 100_000)
     with pytest.raises(InputError, match=r"could not be read \(JSON parse error") as caught:
         load_queries(str(tmp_path / "a.jsonl"))
     assert len(str(caught.value)) < 600 and not re.search(r"\n|xxxxx", str(caught.value))
+    assert not caplog.records  # where datasets says the same, and more
 
 
 @pytest.fixture
