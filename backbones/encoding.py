@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbones.errors import InputError
+from backbones.images import upright_rgb
 from backbones.saliency import Saliency
 
 LOOKED_UP = 65536
@@ -32,7 +33,7 @@ class Query:
 
     Attributes:
         id: unique within its source.
-        image: an RGB image.
+        image: of any of Pillow's modes.
         question: the question's text, without a prompt template.
         answers: the accepted answers; several annotators' answers may repeat. Empty when unknown.
         image_key: equal for queries that show the same image, so that it is encoded once.
@@ -45,14 +46,14 @@ class Query:
     image_key: Hashable = None
 
     def the_image(self) -> Image.Image:
-        """The image, if it is one.
+        """The image, if it is one, in RGB whatever it came in.
 
         Raises:
-            InputError: no image, several, or something else; the message names the query.
+            InputError: no image, several, something else, or one that cannot be decoded; the message names the query.
         """
         image: Any = self.image
         if isinstance(image, Image.Image):
-            return image
+            return upright_rgb(image, f"the image of query {self.id!r}")
         if image is None:
             raise no_image(self.id)
         if isinstance(image, list | tuple):

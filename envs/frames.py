@@ -46,7 +46,7 @@ def frames(bank: EncodingBank, numbers: np.ndarray, tokens_BN: Tensor) -> list[n
 
 
 def _frame(image: Image.Image, tokens_n: np.ndarray) -> np.ndarray:
-    shown = darkened(np.asarray(image.convert("RGB").resize((SIDE, SIDE))), tokens_n)
+    shown = darkened(np.asarray(image.resize((SIDE, SIDE))), tokens_n)
     return np.asarray(Image.fromarray(shown).resize((SIDE, SIDE)))  # a strip below made it higher
 
 

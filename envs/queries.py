@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import sys
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -13,27 +11,22 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from backbones.encoding import Query, no_image
 from backbones.errors import InputError
-from backbones.images import read_image
 from backbones.naming import parse_options
 from envs.accepted import Accepted
 from envs.answer_length import AcceptedLengths
 from envs.benchmarks.metrics import Answered, Metrics
 from envs.benchmarks.rules import RULES
 from envs.benchmarks.source import SOURCES
-from envs.local_data import load_path, no_rows
+from envs.columns import COLUMNS, TEXTS, alike, checked, read, stored
+from envs.local_data import is_hub_id, load_from_hub, load_path, no_rows
+from envs.pictures import IMAGES, Picture, Pictures
 from envs.scenes import scenes
 from envs.side_by_side import side_by_side
 
-COLUMNS = ("image", "question", "answers")
-IMAGES = ("image", "beside")
-OPTIONAL = ("beside", "scoring", "choices", "group")
-TEXTS = ("id", "question", "answers", "type", "scoring", "choices", "group")
 SPLITS = ("train", "validation", "test")
 
 
@@ -42,19 +35,21 @@ class DatasetQueries:
     that they take no memory of their own.
 
     Args:
-        dataset: with the columns ``image`` (a ``datasets.Image``), ``question``, ``answers`` (list of strings), and
-            optionally ``id``, ``type`` (kind of question), ``beside`` (an image to show to the right of ``image``),
-            ``scoring`` (a rule of ``envs.benchmarks.rules``), ``choices`` (texts of the options) and ``group``
-            (equal for queries that a rule counts together).
+        dataset: with the columns ``image`` (a ``datasets.Image``, paths, bytes or arrays), ``question``, ``answers``
+            (lists of texts, or one text a row, also called ``answer``), and optionally ``id``, ``type`` (kind of
+            question), ``beside`` (an image to show to the right of ``image``), ``scoring`` (a rule of
+            ``envs.benchmarks.rules``), ``choices`` (texts of the options) and ``group`` (equal for queries that a rule
+            counts together). ``envs.cells`` says how other types than texts are read.
         name: how the data set is called in records.
         split: the split's name in records.
 
     Raises:
-        InputError: a missing column, a column ``image`` of something else (lists of images, say), answers that are no
-            lists of at least one text, a question that is no text, an unknown rule, or no rows.
+        InputError: no table, a missing column, a column ``image`` of something else (lists of images, say) or of links,
+            a query without question, answer or ``id``, a cell whose text cannot be known, an unknown rule, or no rows.
     """
 
     def __init__(self, dataset: datasets.Dataset, name: str, split: str):
+        dataset = checked(dataset, name)
         missing = [column for column in COLUMNS if column not in dataset.column_names]
         if missing:
             raise InputError(
@@ -64,12 +59,14 @@ class DatasetQueries:
         if len(dataset) == 0:
             raise no_rows(name, split)
         self.name, self.split = name, split
-        images = [column for column in IMAGES if column in dataset.column_names]
-        texts = [column for column in TEXTS if column in dataset.column_names]
-        self._columns = _stored(dataset.select_columns(texts)) | _stored(_undecoded(dataset, name, images))
+        there = {each: [column for column in each if column in dataset.column_names] for each in (TEXTS, IMAGES)}
+        self._columns = {
+            column: read(cells, feature, name, column) for column, cells, feature in stored(dataset, there[TEXTS])
+        }
+        self._images = {
+            column: Pictures(cells, feature, name, column) for column, cells, feature in stored(dataset, there[IMAGES])
+        }
         self._rows: Sequence[int] = range(len(dataset))
-        _check_answers(self._columns["answers"], name)
-        _check_questions(self._columns["question"], name)
         self.rules = _rules(self._columns.get("scoring"), name)
         self.accepted_lengths = AcceptedLengths(self._columns["answers"], self._columns.get("scoring"))
         self.patches = list(dataset["patches"]) if "patches" in dataset.column_names else None
@@ -83,11 +80,11 @@ class DatasetQueries:
 
     def text(self, number: int) -> tuple[str, str, tuple[str, ...]]:
         """Id, question and answers, without decoding the image."""
-        answers = tuple(map(str, self._cell("answers", number)))
+        answers = tuple(self._cell("answers", number))
         rule = self._cell("scoring", number)
         if rule is not None:
             answers = Accepted(answers, rule, self._cell("choices", number) or ())
-        return self._id(number), str(self._cell("question", number)), answers
+        return self._id(number), self._cell("question", number), answers
 
     def image_key(self, number: int) -> Hashable:
         """Equal for queries that show the same image: its path, or a digest of its bytes.
@@ -95,7 +92,7 @@ class DatasetQueries:
         Raises:
             InputError: a query without an image.
         """
-        keys = tuple(_key(image) for image in self._stored_images(number))
+        keys = tuple(picture.key for picture in self._pictures(number))
         return keys[0] if len(keys) == 1 else keys
 
     def by_image(self) -> list[list[int]]:
@@ -103,7 +100,7 @@ class DatasetQueries:
         without an image are left out."""
         groups: dict[Hashable, list[int]] = {}
         for number in range(len(self)):
-            if self._cell("image", number) is not None:
+            if self._images["image"][self._rows[number]] is not None:
                 groups.setdefault(self.image_key(number), []).append(number)
         return list(groups.values())
 
@@ -112,7 +109,7 @@ class DatasetQueries:
         """The kind of each question, where the data set names kinds."""
         if "type" not in self._columns:
             return None
-        kinds = [sys.intern(str(self._cell("type", number))) for number in range(len(self))]
+        kinds = [sys.intern(self._cell("type", number) or "") for number in range(len(self))]
         return kinds if any(kinds) else None
 
     @property
@@ -131,11 +128,9 @@ class DatasetQueries:
         rule, *others = self.rules
         if rule is None or others:
             return None
-        kinds, groups = (
-            [sys.intern(str(self._cell(name, row) or "")) for row in numbers] for name in ("type", "group")
-        )
+        kinds, groups = ([sys.intern(self._cell(name, row) or "") for row in numbers] for name in ("type", "group"))
         counted = self._columns["group"].value_counts().to_pylist() if "group" in self._columns else []
-        sizes = {str(each["values"] or ""): each["counts"] for each in counted} or {"": len(texts)}
+        sizes = {each["values"] or "": each["counts"] for each in counted} or {"": len(texts)}
         return RULES[rule].metrics(Answered(texts, scores, kinds, groups, sizes))
 
     @property
@@ -178,80 +173,35 @@ class DatasetQueries:
         part = object.__new__(DatasetQueries)
         part.name, part.split, part.rules = self.name, self.split, self.rules
         part.accepted_lengths = self.accepted_lengths
-        part._columns = self._columns
+        part._columns, part._images = self._columns, self._images
         part._rows = [self._rows[number] for number in numbers]
         part.patches = None if self.patches is None else [self.patches[number] for number in numbers]
         return part
 
     def _cell(self, column: str, number: int) -> Any:
-        """A value as stored; None where the data set lacks the column."""
+        """Its text or texts; None where it is missing, or the data set lacks the column."""
         return self._columns[column][self._rows[number]].as_py() if column in self._columns else None
 
     def _id(self, number: int) -> str:
-        return str(self._cell("id", number)) if "id" in self._columns else str(self._rows[number])
+        return self._cell("id", number) if "id" in self._columns else str(self._rows[number])
 
-    def _stored_images(self, number: int) -> list[dict[str, Any]]:
+    def _pictures(self, number: int) -> list[Picture]:
         """What a query shows, undecoded, from left to right.
 
         Raises:
             InputError: a query without an image.
         """
-        image, beside = (self._cell(column, number) for column in IMAGES)
-        if image is None or (image["path"] is None and image["bytes"] is None):
+        shown = [self._images[column][self._rows[number]] for column in self._images]
+        if shown[0] is None:
             raise no_image(self._id(number))
-        return [image] if beside is None else [image, beside]
+        return [picture for picture in shown if picture is not None]
 
     def _image(self, number: int) -> Image.Image:
-        decoded = [self._decode(number, image) for image in self._stored_images(number)]
+        of_query = f"of query {self._id(number)!r}"
+        decoded = [
+            picture.decoded(f"{picture.called(self._rows[number])} {of_query}") for picture in self._pictures(number)
+        ]
         return decoded[0] if len(decoded) == 1 else side_by_side(*decoded)
-
-    def _decode(self, number: int, image: dict[str, Any]) -> Image.Image:
-        called = f"image {image['path'] or f'row {self._rows[number]}'} of query {self._id(number)!r}"
-        return read_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]), called)
-
-
-def _stored(dataset: datasets.Dataset) -> dict[str, Any]:
-    """The columns as Arrow has them, on disk where the data set is memory-mapped: a cell is read in a microsecond,
-    where a ``datasets.Dataset`` takes tens."""
-    table = dataset.with_format("arrow")[:]
-    return {name: table.column(name) for name in table.column_names}
-
-
-def _undecoded(dataset: datasets.Dataset, name: str, columns: Sequence[str]) -> datasets.Dataset:
-    """The images as stored: an unreadable one is met, and named, only when its own query is asked for."""
-    images = dataset.select_columns(list(columns))
-    for column in columns:
-        try:
-            images = images.cast_column(column, datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError) as error:  # what datasets and Arrow raise
-            raise InputError(
-                f"data {name!r}: the column {column!r} is {dataset.features[column]}; it must hold one image a row, "
-                "several images a query are not supported"
-            ) from error
-    return images
-
-
-def _check_answers(answers: Any, name: str) -> None:
-    is_list = hasattr(answers.type, "value_type") and not pa.types.is_nested(answers.type.value_type)
-    if is_list and not answers.null_count:
-        shortest, holes = pc.min(pc.list_value_length(answers)).as_py(), pc.list_flatten(answers).null_count
-        if shortest and not holes:
-            return
-    row = next(row for row, given in enumerate(answers) if not is_list or not given.as_py() or None in given.as_py())
-    raise InputError(
-        f"data {name!r}, row {row}: answers is {_shown(answers[row])}; it must be a list of strings, at least one"
-    )
-
-
-def _check_questions(questions: Any, name: str) -> None:
-    if pa.types.is_nested(questions.type) or questions.null_count:
-        row = next(row for row, given in enumerate(questions) if pa.types.is_nested(given.type) or not given.is_valid)
-        raise InputError(f"data {name!r}, row {row}: question is {_shown(questions[row])}; it must be a text")
-
-
-def _shown(cell: Any) -> str:
-    text = repr(cell.as_py())
-    return text if len(text) < 80 else f"{text[:80]}…"
 
 
 def _rules(scoring: Any | None, name: str) -> tuple[str | None, ...]:
@@ -261,12 +211,6 @@ def _rules(scoring: Any | None, name: str) -> tuple[str | None, ...]:
     if unknown:
         raise InputError(f"data {name!r}: scoring is {unknown[0]!r}; it must be one of {', '.join(RULES)}, or empty")
     return rules
-
-
-def _key(image: dict[str, Any]) -> Hashable:
-    if image["path"] is not None and image["bytes"] is None:
-        return image["path"]
-    return hashlib.blake2b(image["bytes"], digest_size=16).digest()
 
 
 def easy_vqa(split: str) -> datasets.Dataset:
@@ -295,43 +239,33 @@ def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None
     """Queries by name or local path.
 
     Args:
-        data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``) or a path: a
-            ``save_to_disk`` folder, a parquet or JSON-lines file, an image folder with ``metadata.jsonl``, or a folder
-            with one such file per split; or several joined by ``+``.
+        data: a name (``easy-vqa``, ``scenes:size=128,seed=3``, ``vqav2:root=/data/vqav2``), a path: of a
+            ``save_to_disk`` folder, a table (parquet, Arrow, JSON, CSV, TSV), or a folder of tables by split; a hub id
+            (``owner/name``, ``owner/name:config=C,revision=R``); or several joined by ``+``.
         split: ``train``, ``validation`` or ``test``.
         limit: keep this many queries at most.
 
     Raises:
-        InputError: an unknown name, split or format; a missing column.
+        InputError: an unknown name, split or format; and what ``DatasetQueries`` refuses.
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     whole = not os.path.exists(data) and "+" in data
-    parts = [_load(part, split) for part in (data.split("+") if whole else [data])]
+    names = data.split("+") if whole else [data]
+    parts = [_load(name, split) for name in names]
     if len(parts) > 1:
-        parts = [_with_images(_with_ids(part)) for part in parts]
-        kept = {"id", *COLUMNS, *OPTIONAL}
-        parts = [part.select_columns([name for name in part.column_names if name in kept]) for part in parts]
+        parts = [alike(part, name) for part, name in zip(parts, names, strict=True)]
     return DatasetQueries(datasets.concatenate_datasets(parts), data, split).head(limit)
 
 
 def _load(data: str, split: str) -> datasets.Dataset:
-    """One data set by name, perhaps with options as in ``scenes:size=128,seed=3``, or by path."""
+    """One data set by name, perhaps with options as in ``scenes:size=128,seed=3``, by path, or from the hub."""
     name, _, options = data.partition(":")
     if name in NAMED:
         return NAMED[name](split, **parse_options(NAMED[name], f"data {name!r}", options, hidden=("split",)))
     if os.path.exists(data):
         return load_path(Path(data), split)
-    raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, or a path that exists")
-
-
-def _with_ids(dataset: datasets.Dataset) -> datasets.Dataset:
-    if "id" in dataset.column_names:
-        return dataset
-    return dataset.add_column("id", [str(row) for row in range(len(dataset))])
-
-
-def _with_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Paths of images as images, as other data sets have them."""
-    paths = getattr(dataset.features.get("image"), "dtype", None) == "string"
-    return dataset.cast_column("image", datasets.Image()) if paths else dataset
+    if is_hub_id(name):
+        hidden = ("split", "repository")
+        return load_from_hub(split, name, **parse_options(load_from_hub, f"data {name!r}", options, hidden))
+    raise InputError(f"unknown data {data!r}; use one of {', '.join(NAMED)}, a path that exists, or a hub id")

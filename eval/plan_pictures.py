@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+from backbones.images import upright_rgb
 from envs.frames import darkened
 
 DROPPED, KEPT = "#dddddd", "#1f77b4"
@@ -21,7 +22,7 @@ DROPPED, KEPT = "#dddddd", "#1f77b4"
 def show_tokens(axes: Axes, image: Image.Image, tokens_n: np.ndarray) -> None:
     """The image with the patches of dropped tokens dark."""
     _bare(axes)
-    axes.imshow(darkened(np.asarray(image.convert("RGB")), tokens_n))
+    axes.imshow(darkened(np.asarray(upright_rgb(image, "the image")), tokens_n))
 
 
 def show_heads(axes: Axes, heads_LH: np.ndarray) -> None:

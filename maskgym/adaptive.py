@@ -15,7 +15,7 @@ from backbones.atomic import write_atomically, write_json
 from backbones.backbone import Backbone
 from backbones.encoding import Query
 from backbones.errors import InputError, check_count, first_line
-from backbones.images import read_image
+from backbones.images import read_image, shown_path
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch
 from backbones.plain_files import read_records
@@ -276,10 +276,8 @@ def _are_several(given: Any) -> TypeGuard[Iterable[Any]]:
 
 
 def _picture(image: Any) -> Any:
-    """In RGB; what is no image is left to the query to refuse."""
-    if isinstance(image, str | Path):
-        return read_image(image, f"image {str(image)!r}")
-    return image.convert("RGB") if isinstance(image, Image.Image) else image
+    """A file's image; what is no file is left to the query to take or to refuse."""
+    return read_image(image, f"image {shown_path(str(image))!r}") if isinstance(image, str | Path) else image
 
 
 def _budgets(budget: float | Sequence[float], rows: int) -> tuple[float, ...]:

@@ -1,4 +1,5 @@
-"""A hub on this machine: as much of the Hugging Face hub's protocol as pushing and fetching small files takes."""
+"""A hub on this machine: as much of the Hugging Face hub's protocol as pushing and fetching small files takes, of
+models and of data sets."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import json
 from contextlib import contextmanager
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -24,6 +27,8 @@ class LocalHub(BaseHTTPRequestHandler):
             self.say({"url": f"{where}/{asked['organization']}/{asked['name']}"})
         elif kind == "validate-yaml":
             self.say({"errors": [], "warnings": []})
+        elif kind == "paths-info":
+            self.say(self.listed(parse_qs(body.decode())["paths"]))
         elif kind == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
             self.say({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
@@ -43,17 +48,13 @@ class LocalHub(BaseHTTPRequestHandler):
             )
 
     def do_GET(self):
-        parts = self.path.split("?")[0].strip("/").split("/")
+        parts = unquote(self.path.split("?")[0]).strip("/").removeprefix("datasets/").split("/")
         if parts[0] == "api":
             files = self.server.files.get("/".join(parts[2:4]))
             if files is None:
                 return self.refuse("RepoNotFound")
             if "tree" in parts:
-                under = "".join(f"{part}/" for part in parts[6:])
-                listed = [name for name in files if name.startswith(under)]
-                return self.say(
-                    [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in listed]
-                )
+                return self.say(self.listed(["/".join(parts[6:])], "recursive=false" in self.path.lower()))
             return self.say({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]})
         files = self.server.files.get("/".join(parts[:2]))
         if files is None or "/".join(parts[4:]) not in files:
@@ -61,6 +62,17 @@ class LocalHub(BaseHTTPRequestHandler):
         return self.say(files["/".join(parts[4:])])
 
     do_HEAD = do_GET
+
+    def listed(self, paths, at_once=False):
+        """The files at some paths of the repository, and below them; or what is there at once."""
+        files = self.server.files.get("/".join(self.path.split("/")[3:5]), {})
+        found = [name for name in files if any(not path or f"{name}/".startswith(f"{path}/") for path in paths)]
+        listed = {name: {"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in found}
+        if not at_once:
+            return list(listed.values())
+        depth = len(Path(paths[0]).parts) + 1
+        tops = dict.fromkeys("/".join(Path(name).parts[:depth]) for name in found)
+        return [listed.get(top, {"type": "directory", "path": top, "oid": top}) for top in tops]
 
     def say(self, content):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -383,6 +383,53 @@ def test_copies_on_disk_ask_the_same(load, tmp_path, form):
     assert len(load_queries(f"vqav2:root={tmp_path / 'copy'}", "test")) == 3, "the test split has no public answers"
 
 
+def test_copies_may_hold_sequences_of_mappings_numbers_and_labels(load, tmp_path):
+    """``datasets`` turns a sequence of mappings into a mapping of sequences, and stores labels as numbers."""
+    official = load("vqav2", "validation")
+    rows = [
+        {"question_id": id, "question": question, "answer_type": kind, "answers": {"answer": answers}}
+        for id, _, question, kind, answers in benchmark_files.VQAV2
+    ]
+    copy_of("save_to_disk", tmp_path / "copy", rows)
+    copied = load_queries(f"vqav2:root={tmp_path / 'copy'}", "validation")
+    assert [copied.text(number) for number in range(3)] == [official.text(number) for number in range(3)]
+
+    rows = [{"question_index": place, "question": "How many?", "answer": place} for place in range(2)]
+    copy_of("parquet", tmp_path / "numbers", rows)
+    counted = load_queries(f"clevr:root={tmp_path / 'numbers'}", "validation")
+    assert [counted.text(number)[2] for number in range(2)] == [("0",), ("1",)]
+
+    images = [{"bytes": picture(), "path": None}] * 3
+    columns = {
+        "image": (datasets.Image(), images),
+        "question_id": (datasets.Value("string"), ["0", "1", "2"]),
+        "question": (datasets.Value("string"), ["Is there?"] * 3),
+        "answer": (datasets.ClassLabel(names=["no", "yes"]), [1, 0, 1]),
+        "category": (datasets.ClassLabel(names=["popular", "random"]), [1, 0, 0]),
+    }
+    features = datasets.Features({name: kind for name, (kind, _) in columns.items()})
+    made = datasets.Dataset.from_dict({name: cells for name, (_, cells) in columns.items()}, features=features)
+    made.save_to_disk(tmp_path / "labels")
+    part = load_queries(f"pope:root={tmp_path / 'labels'},part=popular", "test")
+    assert [part.text(number)[0] for number in range(2)] == ["popular-1", "popular-2"]
+    assert [part.text(number)[2] for number in range(2)] == [("no",), ("yes",)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"question": "?", "answer": None}, "an answer is missing"),
+        ({"question": None, "answer": "yes"}, "its question is missing"),
+        ({"question": "?", "answer": {"a": "x" * 1000}}, "it must be a text or a number"),
+    ],
+)
+def test_copies_without_a_text_are_refused_by_entry(tmp_path, entry, words):
+    copy_of("save_to_disk", tmp_path / "copy", [{"question_index": 0, "question": "?", "answer": None, **entry}])
+    with pytest.raises(InputError, match=rf"data 'clevr': entry 0 is not as published \({words}\)") as caught:
+        load_queries(f"clevr:root={tmp_path / 'copy'}", "validation")
+    assert len(str(caught.value)) < 300
+
+
 def test_copies_of_several_parts_and_without_images(tmp_path):
     rows = [
         {"question_id": str(place), "question": f"Is there {place}?", "answer": "yes", "category": category}

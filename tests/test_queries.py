@@ -147,13 +147,11 @@ def test_bad_sources_are_named(tmp_path):
         load_queries("easy-vqa", "test", 0)
     with pytest.raises(InputError, match="lacks the column 'answers'"):
         DatasetQueries(make_dataset().remove_columns("answers"), "made", "train")
-    with pytest.raises(InputError, match="must be a list of strings"):
-        DatasetQueries(datasets.Dataset.from_dict({"image": [None], "question": ["?"], "answers": ["red"]}), "m", "t")
     with pytest.raises(InputError, match="has no rows"):
         DatasetQueries(make_dataset().select([]), "made", "train")
-    (tmp_path / "a.csv").write_text("image,question\n")
-    with pytest.raises(InputError, match=r"suffix '.csv'; supported"):
-        load_queries(str(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("image,question\n")
+    with pytest.raises(InputError, match=r"suffix '.txt'; supported"):
+        load_queries(str(tmp_path / "a.txt"))
     (tmp_path / "b.jsonl").write_text("{not json")
     with pytest.raises(InputError, match="could not be read"):
         load_queries(str(tmp_path / "b.jsonl"))
@@ -161,7 +159,7 @@ def test_bad_sources_are_named(tmp_path):
     folder.mkdir()
     make_dataset(2).to_parquet(folder / "train.parquet")
     make_dataset(2).to_parquet(folder / "test.parquet")
-    with pytest.raises(InputError, match="no split 'validation'; it has test, train"):
+    with pytest.raises(InputError, match="no split 'validation'; it has train, test"):
         load_queries(str(folder), "validation")
 
 

@@ -24,7 +24,7 @@ class Asked:
     Attributes:
         id: unique within a part.
         question: its text, before the prompt template.
-        answers: the accepted ones.
+        answers: the accepted ones; numbers stand for their texts.
         kind: of question, or the part of the data set that it counts in.
         group: equal for queries that count together.
         choices: texts of the options, if it offers some.
@@ -32,7 +32,7 @@ class Asked:
 
     id: str
     question: str
-    answers: Sequence[str]
+    answers: Sequence[Any]
     kind: str = ""
     group: str = ""
     choices: Sequence[str] = ()

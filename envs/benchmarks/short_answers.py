@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from backbones.errors import InputError
 from envs.benchmarks.layout import SHORT, Asked, Benchmark, Entry, Files
 from envs.benchmarks.reading import json_entries
 
 
-def _said(answers: Iterable[object]) -> list[str]:
-    """Annotators' answers, official (``{"answer": ...}``) or as plain texts."""
-    return [str(each["answer"] if isinstance(each, dict) else each) for each in answers]
+def _said(answers: Iterable[object] | dict[str, Iterable[object]]) -> list[Any]:
+    """Annotators' answers, official (``{"answer": ...}``), as plain texts, or as ``datasets`` turns a sequence of
+    mappings, into a mapping of sequences."""
+    listed = answers["answer"] if isinstance(answers, dict) else answers
+    return [each["answer"] if isinstance(each, dict) else each for each in listed]
 
 
 def _vqav2(files: Files, part: str) -> Iterator[Entry]:
@@ -152,7 +155,7 @@ def _ask_clevr(entry: Entry) -> Asked:
     program = entry.get("program") or []
     last = program[-1].get("function", program[-1].get("type", "")) if program else ""
     kind = CLEVR_KINDS.get(last, last)
-    return Asked(str(entry["question_index"]), entry["question"], [str(entry["answer"])], kind)
+    return Asked(str(entry["question_index"]), entry["question"], [entry["answer"]], kind)
 
 
 CLEVR = Benchmark(

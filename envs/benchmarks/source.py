@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from backbones.errors import InputError
 from backbones.plain_files import MALFORMED
@@ -19,9 +19,11 @@ from envs.benchmarks.multiple_choice import MMBENCH, SCIENCEQA
 from envs.benchmarks.short_answers import CLEVR, GQA, TEXTVQA, TEXTVQA_OCR, VIZWIZ, VQAV2
 from envs.benchmarks.true_or_false import MME, NLVR2, POPE
 from envs.cached import cached
-from envs.local_data import is_saved, pick_split, unreadable
+from envs.cells import said, texts
+from envs.columns import replaced, stored
+from envs.local_data import is_saved, named_files, pick_split, unreadable
 
-VERSION = 1
+VERSION = 2
 """Raised when the same files give other rows than before, so that no cache mixes the two."""
 
 BENCHMARKS = {
@@ -138,7 +140,9 @@ def rows(
         except InputError:
             raise
         except MALFORMED as error:
-            raise InputError(f"data {benchmark!r}: the files of {part!r} are not as published ({error!r})") from error
+            raise InputError(
+                f"data {benchmark!r}: the files of {part!r} are not as published ({error!r:.100})"
+            ) from error
 
 
 def _from_copy(
@@ -146,7 +150,7 @@ def _from_copy(
 ) -> datasets.Dataset:
     """From a copy that has the official fields as columns; its images stay where they are."""
     made = BENCHMARKS[benchmark]
-    loaded = _open_copy(folder, split, parts)
+    loaded = _with_label_names(_open_copy(folder, split, parts))
     images = made.images if set(made.images) <= set(loaded.column_names) else {v: v for v in made.images.values()}
     if not set(images) <= set(loaded.column_names):
         raise InputError(
@@ -154,23 +158,30 @@ def _from_copy(
             f"{', '.join(loaded.column_names)}"
         )
     shown = loaded.select_columns(list(images)).rename_columns(dict(images))
-    texts = loaded.remove_columns(list(images))
+    told = loaded.remove_columns(list(images))
     stored = shown.cast(datasets.Features(dict.fromkeys(shown.features, datasets.Image(decode=False))))
     there = stored.with_format("arrow")[:]
     kept = np.flatnonzero(np.all([column.is_valid().to_numpy() for column in there.columns], axis=0))
-    if "category" in texts.column_names and set(parts) < set(made.parts):
-        kept = kept[np.isin(np.array(texts["category"])[kept], parts)]
-    if len(kept) < len(texts):
-        shown, texts = shown.select(kept), texts.select(kept)
-    asked = texts.map(
+    if "category" in told.column_names and set(parts) < set(made.parts):
+        kept = kept[np.isin(np.array(told["category"])[kept], parts)]
+    if len(kept) < len(told):
+        shown, told = shown.select(kept), told.select(kept)
+    asked = told.map(
         partial(_row_of_copy, benchmark, template),
         with_indices=True,
-        remove_columns=texts.column_names,
+        remove_columns=told.column_names,
         features=FEATURES,
         fn_kwargs={"version": VERSION},
         desc=name,
     )
     return datasets.concatenate_datasets([asked, shown], axis=1)
+
+
+def _with_label_names(dataset: datasets.Dataset) -> datasets.Dataset:
+    """With the names of labels, which are stored as numbers."""
+    labels = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = {name: texts(cells, feature) for name, cells, feature in stored(dataset, labels)}
+    return replaced(dataset, datasets.Dataset(pa.table(named))) if named else dataset
 
 
 def _open_copy(folder: Path, split: str, parts: Sequence[str]) -> datasets.Dataset:
@@ -187,17 +198,14 @@ def _open_copy(folder: Path, split: str, parts: Sequence[str]) -> datasets.Datas
 
 
 def _load_parquet(path: Path) -> Any:
-    """A file, or a folder as on the hub, whose README may say which of its files are data.
+    """A file, or a folder as on the hub.
 
     Raises:
         ValueError: data outside of the folder.
     """
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path))
-    named = datasets.load_dataset_builder(str(path)).config.data_files or {}
-    for file in (file for files in named.values() for file in files):
-        if not Path(os.path.abspath(file)).is_relative_to(path.absolute()):
-            raise ValueError(f"its README has data in {file!r}, outside of it")
+    named_files(path)
     return datasets.load_dataset(str(path))
 
 
@@ -212,20 +220,22 @@ def _row(benchmark: str, template: str, number: int, entry: dict[str, Any]) -> d
     name, made = benchmark.split()[0], BENCHMARKS[benchmark]
     try:
         asked = made.ask(entry)
-        question = asked.question
+        question, answers = said(asked.question), [said(each) for each in asked.answers]
+        if question is None or None in answers:
+            raise ValueError("its question is missing" if question is None else "an answer is missing")
         if made.replaced and template != "{question}":
             question = question.removesuffix(made.replaced).rstrip()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"data {name!r}: entry {number} is not as published ({reason}); it has {', '.join(map(str, entry))}"
+            f"data {name!r}: entry {number} is not as published ({reason:.100}); it has {', '.join(map(str, entry))}"
         ) from error
-    if not asked.answers:
+    if not answers:
         raise InputError(f"data {name!r}: entry {number} has no answers; scoring needs a part with public ones")
     return {
         "id": asked.id or str(number),
         "question": template.replace("{question}", question),
-        "answers": list(asked.answers),
+        "answers": answers,
         "type": asked.kind,
         "group": asked.group,
         "choices": list(asked.choices),

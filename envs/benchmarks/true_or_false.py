@@ -48,7 +48,7 @@ def _mme(files: Files, part: str) -> Iterator[Entry]:
         for line in filter(None, map(str.strip, file.read_text(encoding="utf-8").splitlines())):
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip().lower() not in ("yes", "no"):
-                raise InputError(f"{str(file)!r}: the line {line!r} is not a question, a tab, and Yes or No")
+                raise InputError(f"{str(file)!r}: the line {line!r:.80} is not a question, a tab, and Yes or No")
             name = f"{part}/{image.name}"
             yield {"question_id": name, "question": question, "answer": answer, "category": part, "image": str(image)}
 

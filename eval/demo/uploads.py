@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 
-from PIL import Image, ImageOps
-
 from backbones.encoding import Query
 from backbones.errors import InputError
 from backbones.images import read_image
 
 
 def uploaded_query(content: bytes, name: str, question: str, megabytes: float, megapixels: float) -> Query:
-    """A query about an uploaded image, which is turned as its camera says.
+    """A query about an uploaded image.
 
     Args:
         content: of the file.
@@ -28,5 +26,5 @@ def uploaded_query(content: bytes, name: str, question: str, megabytes: float, m
     called = f"upload {name!r}"
     if len(content) > 1e6 * megabytes:
         raise InputError(f"{called} has {len(content) / 1e6:.1f} MB; at most {megabytes:g} are taken: scale it down")
-    image: Image.Image = ImageOps.exif_transpose(read_image(io.BytesIO(content), called, 1e6 * megapixels))
+    image = read_image(io.BytesIO(content), called, 1e6 * megapixels)
     return Query(name, image, question, image_key=hashlib.blake2b(content, digest_size=16).digest())

@@ -14,6 +14,7 @@ from PIL import Image
 
 from backbones.encoding import Query
 from backbones.errors import InputError
+from backbones.images import upright_rgb
 from envs.side_by_side import side_by_side
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -89,7 +90,7 @@ class Request:
         """
         if len(request.args) != 6:
             raise InputError(
-                f"a loglikelihood request without a picture (context {request.args[0]!r}, as acc_mutual_info makes "
+                f"a loglikelihood request without a picture (context {request.args[0]!r:.80}, as acc_mutual_info makes "
                 "them) cannot be scored: every query needs one image; choose another metric"
             )
         context, target, doc_to_visual, doc_id, task, split = request.args
@@ -131,7 +132,7 @@ class Request:
                 f"request {self.name!r} has {len(given)} images; one is supported, and two side by side: leave the "
                 "task out"
             )
-        pictures = [one.convert("RGB") for one in given]
+        pictures = [upright_rgb(one, f"an image of request {self.name!r}") for one in given]
         return Query(self.name, pictures[0] if len(pictures) == 1 else side_by_side(*pictures), self.context)
 
     def cut(self, answer: str) -> str:
