@@ -67,7 +67,9 @@ class ChainPlanner:
         if not self.budgeted:
             return self._joined(first, self.llm_planner.plan(left, torch.ones_like(budgets_B)))
         full_B = self.backbone.full_llm_flops(encoding)
-        spent_B = self.backbone.cost(encoding, first, self.token_planner.controller_flops(encoding)).controller + later_B
+        spent_B = (
+            self.backbone.cost(encoding, first, self.token_planner.controller_flops(encoding)).controller + later_B
+        )
         # the controller prices plans for what it sees, without stages
         seen_B = self.backbone.full_llm_flops(left)
         share_B = (budget_flops(budgets_B, full_B) - spent_B) / seen_B

@@ -74,9 +74,7 @@ class LaidOutPlanner:
         return replace(own, positions=asked.positions, merged=own.merged | asked.merged)
 
     def _asked_layout(self, encoding: Encoding) -> Survivors:
-        return Survivors.plain(
-            len(encoding), self.positions or "original", self.merge, encoding.visual_BND.device
-        )
+        return Survivors.plain(len(encoding), self.positions or "original", self.merge, encoding.visual_BND.device)
 
     def _asked(self) -> str:
         return " and ".join(["--merge"] * self.merge + [f"--positions {self.positions}"] * (self.positions is not None))

@@ -58,11 +58,15 @@ OWN = {
     "adallava-l": lambda backbone: adallava(backbone, "l"),
     "adallava-h": lambda backbone: adallava(backbone, "h"),
 }
-STATIC = """full random even static static@merge random-tokens stride stride@0.5 stride@merge stride@restored
-    stride@renumbered prumerge prumerge:count=budget prumerge+ prumerge+:count=budget prumerge@mean-attention
-    prumerge+:count=budget,neighbours=2@original visionzip visionzip@mean-attention visionzip:contextual=0 fastv:k=1
-    fastv:k=1,r=0.5 fastv-mean:k=1 pyramiddrop sparsevlm divprune divprune@merge cdpruner cdpruner@0.25 restore
-    restore:base=cdpruner""".split()
+STATIC = [
+    *("full", "random", "even", "static", "static@merge", "random-tokens"),
+    *("stride", "stride@0.5", "stride@merge", "stride@restored", "stride@renumbered"),
+    *("prumerge", "prumerge:count=budget", "prumerge+", "prumerge+:count=budget", "prumerge@mean-attention"),
+    "prumerge+:count=budget,neighbours=2@original",
+    *("visionzip", "visionzip@mean-attention", "visionzip:contextual=0"),
+    *("fastv:k=1", "fastv:k=1,r=0.5", "fastv-mean:k=1", "pyramiddrop", "sparsevlm"),
+    *("divprune", "divprune@merge", "cdpruner", "cdpruner@0.25", "restore", "restore:base=cdpruner"),
+]
 CHAINS = [
     first + THEN + second
     for first, second in (

@@ -14,7 +14,7 @@ from eval.evaluate import outcomes_met
 from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.experiment.cells import fill, lay_out
 from eval.experiment.claims import answers, pairs
-from eval.experiment.summary import collect, comparisons, estimates
+from eval.experiment.summary import collect, comparisons, estimates, images_of
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table
 from eval.policies import load_planner
 
@@ -60,10 +60,10 @@ def test_a_cell_is_had_again_from_its_run(tiny, name, arm):
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: f"{report.parent.name}-{report.name}")
 def test_tables_follow_from_records(report):
     budgets, cells = head_of(report.parent)["budgets"], cells_of(report.parent, report.name)
-    results = collect(cells)
+    results, queries = collect(cells), queries_of(report.parent)
     written = (report / "tables.md").read_text()
-    assert accuracy_table(results, estimates(results, queries_of(report.parent).kinds), budgets).markdown() in written
-    compared = comparisons(results, pairs(report.name), budgets)
+    assert accuracy_table(results, estimates(results, queries.kinds), budgets).markdown() in written
+    compared = comparisons(results, pairs(report.name), budgets, images_of(queries))
     assert comparison_table(compared).markdown() in written
     for answer in answers(report.name, results, compared, budgets):
         assert f"- **{answer.question}** {answer.text}\n" in written
