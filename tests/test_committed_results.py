@@ -90,3 +90,31 @@ def test_tables_of_pages_are_those_of_reports(page):
         for line in table["rows"].splitlines():
             _, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             assert cells in reported, line
+
+
+DIFFERENCE = re.compile(r"([+-]?\d+\.\d\d)\s(?:points\s)?\[([+-]?\d+\.\d\d),\s([+-]?\d+\.\d\d)\]")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_differences_of_pages_are_those_of_reports(page):
+    """A figure with its interval, whatever is said around it."""
+    reported = set()
+    for file in ROOT.glob("results/*/*/paired.csv"):
+        with file.open() as opened:
+            reported |= {tuple(map(float, DIFFERENCE.search(row[3]).groups())) for row in list(csv.reader(opened))[1:]}
+    said = [tuple(map(float, found.groups())) for found in DIFFERENCE.finditer((ROOT / page).read_text())]
+    assert len(said) >= 6 and set(said) <= reported, set(said) - reported
+
+
+SPEED = re.compile(r"^\| ([a-z-]+) \| (\d+) \[(\d+), (\d+)\] \| ([\d,]+) \|$", re.MULTILINE)
+
+
+def test_speeds_of_trainings_are_those_of_their_records():
+    rows = SPEED.findall((ROOT / "docs" / "trainings.md").read_text())
+    assert len(rows) >= 8
+    for arm, *stated in rows:
+        files = ROOT.glob(f"results/scenes/cells/{arm}/seed-*/run/timing.jsonl")
+        ends = [json.loads(file.read_text().splitlines()[-1]) for file in files]
+        speeds = [end["queries"] / end["seconds"] for end in ends]
+        figures = [np.median(speeds), min(speeds), max(speeds), max(end["peak_memory_mb"] for end in ends)]
+        assert stated == [f"{figure:,.0f}" for figure in figures] and len(ends) == 5, arm
