@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 class Chooser(Protocol):
     """Chooses what the layers from a decision on keep."""
 
+    def token(self, units_B: Tensor) -> Tensor:
+        """(B, D) an extra embedding for the end of each prompt, whose state the decision reads."""
+        ...
+
     def choose(self, state_BD: Tensor, units_B: Tensor) -> tuple[Tensor, Tensor]:
         """Bool (B, L, H) head slots and (B, L) layers, so many units of them; what is before the decision is not
         looked at."""
@@ -37,19 +41,17 @@ class Midway:
 
     Attributes:
         layer: the first that is decided on; all before it are in the plan.
-        token_BD: an extra embedding at the end of each prompt, whose state there is what the decision reads.
         units_B: int64, how much may be kept from there on.
-        chooser: decides.
+        chooser: makes the extra token when the plan runs, and decides; until then nothing is computed.
     """
 
     layer: int
-    token_BD: Tensor
     units_B: Tensor
     chooser: Chooser
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Midway:
         """The decision with a function applied to each tensor."""
-        return replace(self, token_BD=function(self.token_BD), units_B=function(self.units_B))
+        return replace(self, units_B=function(self.units_B))
 
     @staticmethod
     def cat(parts: Sequence[Midway | None]) -> Midway | None:
@@ -64,9 +66,7 @@ class Midway:
             raise InputError("plans that are decided inside the decoder share a batch only with plans of their kind")
         if first is None:
             return None
-        own = [part for part in parts if part is not None]
-        tokens, units = (torch.cat([getattr(part, name) for part in own]) for name in ("token_BD", "units_B"))
-        return replace(first, token_BD=tokens, units_B=units)
+        return replace(first, units_B=torch.cat([part.units_B for part in parts if part is not None]))
 
     def decide(self, state_BD: Tensor, masks: Masks) -> Masks:
         """The plans with heads and layers from ``layer`` on as chosen."""
@@ -77,7 +77,9 @@ class Midway:
 
     def append_to(self, encoding: Encoding) -> Encoding:
         """The encoding with the extra token after each prompt."""
-        rows_B = torch.arange(len(encoding), device=self.token_BD.device)
+        with torch.no_grad():
+            token_BD = self.chooser.token(self.units_B)
+        rows_B = torch.arange(len(encoding), device=token_BD.device)
         column_B = encoding.text_tokens
         last_B = encoding.text_places_BT.masked_fill(~encoding.text_valid_BT, -1).amax(1)
         next_BR = encoding.next_rope_B[:, None].expand(-1, encoding.text_rope_BTR.shape[2])
@@ -88,7 +90,7 @@ class Midway:
 
         return replace(
             encoding,
-            text_BTD=grow(encoding.text_BTD, self.token_BD),
+            text_BTD=grow(encoding.text_BTD, token_BD),
             text_valid_BT=grow(encoding.text_valid_BT, torch.ones_like(column_B)),
             text_places_BT=grow(encoding.text_places_BT, last_B + 1),
             text_rope_BTR=grow(encoding.text_rope_BTR, next_BR),

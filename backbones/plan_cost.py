@@ -119,11 +119,23 @@ def laying_out_flops(
 ) -> Tensor:
     """(B,) FLOPs of laying out so many kept tokens, of which others may be merged into ``targets_B``; counts, or sums
     of gates."""
-    # the similarity of every dropped token with every one that it may be merged into
-    merging_B = (
-        2 * (available_B - kept_B) * targets_B * shape.hidden * (survivors.merged & _is_moved(kept_B, available_B))
-    )
+    merging_B = merging_flops(shape, survivors, kept_B, targets_B, available_B)
     return merging_B + calibration_flops(shape, kept_B + text_B) * is_restored(survivors, kept_B, available_B)
+
+
+def most_laying_out_flops(shape: DecoderShape, survivors: Survivors, available_B: Tensor, text_B: Tensor) -> Tensor:
+    """(B,) no less than ``laying_out_flops``, whatever is kept: half the tokens compared with the other half, and the
+    calibration of the whole sequence."""
+    merging_B = (available_B * available_B * shape.hidden // 2 + 1) * survivors.merged
+    return merging_B + calibration_flops(shape, available_B + text_B) * (survivors.positions == RESTORED)
+
+
+def merging_flops(
+    shape: DecoderShape, survivors: Survivors, kept_B: Tensor, targets_B: Tensor, available_B: Tensor
+) -> Tensor:
+    """(B,) the similarity of every dropped token with every one that it may be merged into; arguments as above."""
+    merges_B = survivors.merged & _is_moved(kept_B, available_B)
+    return 2 * (available_B - kept_B) * targets_B * shape.hidden * merges_B
 
 
 def is_restored(survivors: Survivors, kept_B: Tensor, available_B: Tensor) -> Tensor:

@@ -212,14 +212,13 @@ class AdaLlavaPlanner:
 
     def plan_units(self, encoding: Encoding, units_B: Tensor) -> Masks:
         """Plans of so many units; before the decision the costliest of that many stand for those that it will take."""
-        config, scheduler = self.scheduler.config, self.scheduler
+        config = self.scheduler.config
         full = self.backbone.full(encoding)
         rank_KH = self._costliest_first().to(units_B.device)
         kept_BKH = rank_KH < units_B[:, None, None] * (1 if config.variant == "l" else config.group)
         heads = torch.cat([full.heads[:, : config.prefix_layers], kept_BKH], dim=1)
         layers = heads.any(2)
-        midway = Midway(config.prefix_layers, scheduler.token(units_B), units_B, scheduler)
-        return Masks(full.tokens, heads, layers, midway=midway)
+        return Masks(full.tokens, heads, layers, midway=Midway(config.prefix_layers, units_B, self.scheduler))
 
     def units(self, encoding: Encoding, budgets_B: Tensor) -> Tensor:
         """(B,) int64: the units that budgets, shares of the full plan's LLM FLOPs, pay for.
@@ -255,6 +254,10 @@ class AdaLlavaPlanner:
 
     def controller_flops(self, encoding: Encoding) -> int:
         return self.scheduler.flops()
+
+    def planning_flops(self, encoding: Encoding) -> int:
+        """Nothing: token and scheduler are computed when the plan runs."""
+        return 0
 
     def _flops(self, encoding: Encoding, units_B: Tensor) -> Tensor:
         plans = self.plan_units(encoding, units_B)

@@ -25,7 +25,8 @@ class Planner(Protocol):
 
     A plan may also say which tokens leave inside the decoder, by scores taken there (``Masks.stages``), how the kept
     ones are laid out or rewritten (``Masks.survivors``), and what making it cost (``Masks.making``). A planner may
-    have two more attributes: ``signals``, what it reads of the vision tower, and ``notes``, entries for its records.
+    have three more attributes: ``signals``, what it reads of the vision tower, ``notes``, entries for its records, and
+    ``planning_flops``, the part of ``controller_flops`` that ``plan`` takes, if the rest is spent when the plan runs.
 
     Attributes:
         name: how it is called in records.
@@ -49,6 +50,11 @@ def signals_of(planner: Planner) -> tuple[str, ...]:
 def notes_of(planner: Planner) -> dict[str, Any]:
     """What a planner adds to its records."""
     return getattr(planner, "notes", {})
+
+
+def planning_flops(planner: Planner, encoding: Encoding) -> int | Tensor:
+    """FLOPs that each call of a planner's ``plan`` takes for every query alike, run or not."""
+    return getattr(planner, "planning_flops", planner.controller_flops)(encoding)
 
 
 class FullPlanner:

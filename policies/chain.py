@@ -17,14 +17,16 @@ from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
-from policies.baselines import Planner, notes_of, signals_of
+from backbones.plan_cost import laying_out_flops, merging_flops, most_laying_out_flops
+from policies.baselines import Planner, notes_of, planning_flops, signals_of
 from policies.projection import budget_flops
 
 THEN = " then "
 """Between the two on the command line: ``"prumerge+ then runs/adallava-l"``."""
 
 ATTEMPTS = 6
-"""Plans that the controller makes where tokens leave inside the decoder, which it cannot price; all are charged."""
+"""Plans that the controller makes where tokens leave inside the decoder, which it cannot price; all are charged. One
+whose plans say what each took to make has a single one."""
 
 
 class ChainPlanner:
@@ -59,31 +61,54 @@ class ChainPlanner:
         """
         budgets_B = budgets_B.to(encoding.visual_BND.device, torch.float64)
         first = self.token_planner.plan(encoding, torch.ones_like(budgets_B))
+        looking_B, later_B = self._laying_out_flops(encoding, first)
+        first = _charged(first, looking_B)
         left = replace(arrange(encoding, first).encoding, visual_valid_BN=first.tokens)
         if not self.budgeted:
             return self._joined(first, self.llm_planner.plan(left, torch.ones_like(budgets_B)))
         full_B = self.backbone.full_llm_flops(encoding)
-        spent_B = self.backbone.cost(encoding, first, self.token_planner.controller_flops(encoding)).controller
+        spent_B = (
+            self.backbone.cost(encoding, first, self.token_planner.controller_flops(encoding)).controller + later_B
+        )
         # the controller prices plans for what it sees, without stages
         seen_B = self.backbone.full_llm_flops(left)
         share_B = (budget_flops(budgets_B, full_B) - spent_B) / seen_B
         self._check(share_B, budgets_B, spent_B / full_B)
         if not first.stages:
             return self._joined(first, self.llm_planner.plan(left, share_B.clamp_max(1)))
-        more_B = (ATTEMPTS - 1) * torch.as_tensor(self.llm_planner.controller_flops(left), device=full_B.device)
-        self._check(share_B - more_B / seen_B, budgets_B, (spent_B + more_B) / full_B)
-        making_B = more_B + (0 if first.making is None else first.making)
-        first = replace(first, making=making_B.expand(len(encoding)))
-        return self._search(encoding, left, first, share_B - more_B / seen_B, budgets_B)
+        more_B = (ATTEMPTS - 1) * torch.as_tensor(planning_flops(self.llm_planner, left), device=full_B.device)
+        share_B = share_B - more_B / seen_B
+        self._check(share_B, budgets_B, (spent_B + more_B) / full_B)
+        low_B = share_B.clamp_max(1)
+        second = self.llm_planner.plan(left, low_B)
+        if second.making is not None:
+            return self._joined(first, second)
+        return self._search(encoding, left, _charged(first, more_B), second, low_B, budgets_B)
 
     def controller_flops(self, encoding: Encoding) -> int | Tensor:
         return self.token_planner.controller_flops(encoding) + self.llm_planner.controller_flops(encoding)
 
-    def _search(self, encoding: Encoding, left: Encoding, first: Masks, share_B: Tensor, budgets_B: Tensor) -> Masks:
-        """The plan of the largest share that fits, by bisection from one that does."""
+    def planning_flops(self, encoding: Encoding) -> int | Tensor:
+        return planning_flops(self.token_planner, encoding) + planning_flops(self.llm_planner, encoding)
+
+    def _laying_out_flops(self, encoding: Encoding, first: Masks) -> tuple[Tensor, Tensor]:
+        """(B,) FLOPs of merging tokens for the controller to see, which is done again when the plan runs, and how much
+        more laying out can cost then, if the controller drops tokens."""
+        kept_B, available_B = first.tokens.sum(1), encoding.visual_valid_BN.sum(1)
+        survivors, shape, text_B = first.survivors, self.backbone.decoder.shape, encoding.text_tokens
+        if survivors is None:
+            return torch.zeros_like(kept_B), torch.zeros_like(kept_B)
+        targets_B = kept_B if survivors.targets is None else (survivors.targets & first.tokens).sum(1)
+        now_B = laying_out_flops(shape, survivors, kept_B, targets_B, available_B, text_B)
+        most_B = most_laying_out_flops(shape, survivors, available_B, text_B)
+        return merging_flops(shape, survivors, kept_B, targets_B, available_B), most_B - now_B
+
+    def _search(
+        self, encoding: Encoding, left: Encoding, first: Masks, second: Masks, low_B: Tensor, budgets_B: Tensor
+    ) -> Masks:
+        """The plan of the largest share that fits, by bisection from one that does: ``second``, of share ``low_B``."""
         limits_B = budget_flops(budgets_B, self.backbone.full_llm_flops(encoding))
-        low_B = share_B.clamp_max(1)
-        best = self._joined(first, self.llm_planner.plan(left, low_B))
+        best = self._joined(first, second)
         high_B = torch.ones_like(low_B)
         for attempt in range(ATTEMPTS - 1):
             middle_B = high_B if attempt == 0 else (low_B + high_B) / 2
@@ -113,3 +138,9 @@ class ChainPlanner:
             making=sum(making[1:], making[0]) if making else None,
             midway=second.midway,
         )
+
+
+def _charged(masks: Masks, flops_B: Tensor) -> Masks:
+    """The plans with more FLOPs of making."""
+    making_B = flops_B.expand(len(masks))
+    return replace(masks, making=making_B if masks.making is None else masks.making + making_B)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.masks import Masks
+from backbones.plan_cost import most_laying_out_flops
 from backbones.survivors import POSITIONS, Survivors
-from policies.baselines import Planner, notes_of, signals_of
+from policies.baselines import Planner, notes_of, planning_flops, signals_of
 
 MERGE = "merge"
 
@@ -43,8 +43,10 @@ class LaidOutPlanner:
             InputError: plans that drop tokens inside the decoder, or merge them by a rule of their own.
         """
         if self.budgeted:
-            full_B = self.backbone.full_llm_flops(encoding)
-            budgets_B = budgets_B.to(full_B.device).double() - self._most_flops(encoding) / full_B
+            full_B, visual_B = self.backbone.full_llm_flops(encoding), encoding.visual_valid_BN.sum(1)
+            asked, shape = self._asked_layout(encoding), self.backbone.decoder.shape
+            most_B = most_laying_out_flops(shape, asked, visual_B, encoding.text_tokens)
+            budgets_B = budgets_B.to(full_B.device).double() - most_B / full_B
         masks = self.planner.plan(encoding, budgets_B)
         if masks.stages:
             raise InputError(
@@ -56,10 +58,11 @@ class LaidOutPlanner:
     def controller_flops(self, encoding: Encoding) -> int | Tensor:
         return self.planner.controller_flops(encoding)
 
+    def planning_flops(self, encoding: Encoding) -> int | Tensor:
+        return planning_flops(self.planner, encoding)
+
     def _survivors(self, masks: Masks, encoding: Encoding) -> Survivors:
-        own, device = masks.survivors, encoding.visual_BND.device
-        positions, merge = self.positions or "original", self.merge
-        asked = Survivors.plain(len(encoding), positions, merge, device)
+        own, asked = masks.survivors, self._asked_layout(encoding)
         if own is None:
             return asked
         if bool(own.own.any()) and bool(asked.merged.any()):
@@ -70,20 +73,11 @@ class LaidOutPlanner:
             return replace(own, merged=own.merged | asked.merged)
         return replace(own, positions=asked.positions, merged=own.merged | asked.merged)
 
+    def _asked_layout(self, encoding: Encoding) -> Survivors:
+        return Survivors.plain(len(encoding), self.positions or "original", self.merge, encoding.visual_BND.device)
+
     def _asked(self) -> str:
         return " and ".join(["--merge"] * self.merge + [f"--positions {self.positions}"] * (self.positions is not None))
-
-    def _most_flops(self, encoding: Encoding) -> Tensor:
-        """(B,) more than laying out costs, whatever is kept: half the tokens compared with the other half, and the
-        calibration of the whole sequence."""
-        visual_B = encoding.visual_valid_BN.sum(1)
-        n_B = visual_B + encoding.text_tokens
-        flops_B = torch.zeros_like(n_B)
-        if self.merge or self.positions == "restored":
-            flops_B = flops_B + visual_B * visual_B * self.backbone.hidden // 2 + 1
-        if self.positions == "restored":
-            flops_B = flops_B + 4 * n_B * n_B * self.backbone.decoder.head_width
-        return flops_B
 
 
 __all__ = ["MERGE", "POSITIONS", "LaidOutPlanner"]

@@ -6,6 +6,7 @@ Shape legend: B rows.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from backbones.encoding import Encoding
 from backbones.errors import InputError
 from backbones.latency_model import LatencyModel
 from backbones.masks import Masks
-from policies.baselines import Planner, notes_of, signals_of
+from policies.baselines import Planner, notes_of, planning_flops, signals_of
 from policies.projection import least_share
 
 HALVINGS = 10
@@ -29,7 +30,7 @@ class MillisecondPlanner:
 
     Each query gets the slowest plan within the limit that a bisection over the shares meets; it does not matter that a
     planner may answer a larger share with a faster plan. The controller's own time is not in the limit; its FLOPs are
-    charged for every plan that was made.
+    charged for every plan that was made, and so are those that a plan says its making took.
 
     Args:
         planner: makes the plans; one that follows its budget.
@@ -56,7 +57,8 @@ class MillisecondPlanner:
         return self.choose(encoding, budgets_B)[0]
 
     def controller_flops(self, encoding: Encoding) -> int | Tensor:
-        return ATTEMPTS * self.planner.controller_flops(encoding)
+        more_flops = (ATTEMPTS - 1) * planning_flops(self.planner, encoding)
+        return more_flops + self.planner.controller_flops(encoding)
 
     def predict(self, encoding: Encoding, masks: Masks) -> Tensor:
         """(B,) milliseconds of each plan's prefill."""
@@ -75,9 +77,11 @@ class MillisecondPlanner:
         high_B = share_B = budgets_B.to(encoding.visual_BND.device, torch.float64)
         low_B = least_share(self.backbone, encoding, self.planner.controller_flops(encoding)).minimum(high_B)
         best: Masks | None = None
+        making_B = torch.zeros_like(share_B, dtype=torch.int64)
         best_share_B, slowest_B, fastest_B = share_B, torch.zeros_like(share_B), torch.full_like(share_B, math.inf)
         for attempt in range(ATTEMPTS):
             masks, predicted_B = self._attempt(encoding, share_B)
+            making_B = making_B if masks.making is None else making_B + masks.making
             fits_B = predicted_B <= self.milliseconds
             better_B = fits_B & (predicted_B > 0) & (predicted_B >= slowest_B)
             best = masks if best is None else masks.where(better_B, best)
@@ -89,7 +93,7 @@ class MillisecondPlanner:
         assert best is not None
         if (slowest_B == 0).any():
             self._refuse(encoding, fastest_B.masked_fill(slowest_B > 0, 0), budgets_B)
-        return best, best_share_B
+        return replace(best, making=making_B), best_share_B
 
     def _attempt(self, encoding: Encoding, share_B: Tensor) -> tuple[Masks, Tensor]:
         """Plans at these shares and their predicted milliseconds (B,).

@@ -31,7 +31,7 @@ class Reply:
         llm_flops_ratio: share that the plan costs, controller included, at the answer length that plans are priced at.
         llm_flops: the same in FLOPs.
         total_flops: with vision tower and projector.
-        spent_llm_flops: LLM FLOPs of this answer with all its tokens.
+        spent_llm_flops: LLM FLOPs of this answer with all its tokens, the one that ends it included.
         kept_tokens: visual tokens, the mean over layers.
         kept_heads: head slots in layers that were run.
         kept_layers: layers that were run.
@@ -114,13 +114,21 @@ class Planned:
 
     def answer(self, max_new_tokens: int) -> list[Reply]:
         """The B replies."""
-        return self.replies(self.backbone.answer(self.encoding, self.masks, max_new_tokens))
+        return self.replies(self.backbone.answer(self.encoding, self.masks, max_new_tokens), max_new_tokens)
 
-    def replies(self, answers: Answers) -> list[Reply]:
-        """What answers to these plans took."""
+    def replies(self, answers: Answers, max_new_tokens: int | None = None) -> list[Reply]:
+        """What answers to these plans took.
+
+        Args:
+            answers: to the B queries.
+            max_new_tokens: where they were cut: one that is shorter has ended by a token of its own; None: they were
+                given, not generated.
+        """
         backbone, encoding, masks = self.backbone, self.encoding, answers.masks
         controller = self.planner.controller_flops(encoding)
         lengths_B = torch.tensor([len(ids) for ids in answers.tokens], device=backbone.device)
+        if max_new_tokens is not None:
+            lengths_B = (lengths_B + 1).clamp_max(max_new_tokens)
         cost = backbone.cost(encoding, masks, controller)
         columns: dict[str, Tensor] = {
             "budget": self.budgets_B,
@@ -169,6 +177,6 @@ class Stream:
             if sure.startswith(said) and sure != said:
                 yield sure[len(said) :]
                 said = sure
-        (self.reply,) = planned.replies(answers)
+        (self.reply,) = planned.replies(answers, max_new_tokens)
         if self.reply.text != said:
             yield self.reply.text[len(said) :]

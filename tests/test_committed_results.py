@@ -14,7 +14,7 @@ from eval.evaluate import outcomes_met
 from eval.experiment.arms import EXPERIMENTS, Prepared
 from eval.experiment.cells import fill, lay_out
 from eval.experiment.claims import answers, pairs
-from eval.experiment.summary import collect, comparisons, estimates
+from eval.experiment.summary import collect, comparisons, estimates, images_of
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table
 from eval.policies import load_planner
 
@@ -60,10 +60,10 @@ def test_a_cell_is_had_again_from_its_run(tiny, name, arm):
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: f"{report.parent.name}-{report.name}")
 def test_tables_follow_from_records(report):
     budgets, cells = head_of(report.parent)["budgets"], cells_of(report.parent, report.name)
-    results = collect(cells)
+    results, queries = collect(cells), queries_of(report.parent)
     written = (report / "tables.md").read_text()
-    assert accuracy_table(results, estimates(results, queries_of(report.parent).kinds), budgets).markdown() in written
-    compared = comparisons(results, pairs(report.name), budgets)
+    assert accuracy_table(results, estimates(results, queries.kinds), budgets).markdown() in written
+    compared = comparisons(results, pairs(report.name), budgets, images_of(queries))
     assert comparison_table(compared).markdown() in written
     for answer in answers(report.name, results, compared, budgets):
         assert f"- **{answer.question}** {answer.text}\n" in written
@@ -90,3 +90,31 @@ def test_tables_of_pages_are_those_of_reports(page):
         for line in table["rows"].splitlines():
             _, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             assert cells in reported, line
+
+
+DIFFERENCE = re.compile(r"([+-]?\d+\.\d\d)\s(?:points\s)?\[([+-]?\d+\.\d\d),\s([+-]?\d+\.\d\d)\]")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_differences_of_pages_are_those_of_reports(page):
+    """A figure with its interval, whatever is said around it."""
+    reported = set()
+    for file in ROOT.glob("results/*/*/paired.csv"):
+        with file.open() as opened:
+            reported |= {tuple(map(float, DIFFERENCE.search(row[3]).groups())) for row in list(csv.reader(opened))[1:]}
+    said = [tuple(map(float, found.groups())) for found in DIFFERENCE.finditer((ROOT / page).read_text())]
+    assert len(said) >= 6 and set(said) <= reported, set(said) - reported
+
+
+SPEED = re.compile(r"^\| ([a-z-]+) \| (\d+) \[(\d+), (\d+)\] \| ([\d,]+) \|$", re.MULTILINE)
+
+
+def test_speeds_of_trainings_are_those_of_their_records():
+    rows = SPEED.findall((ROOT / "docs" / "trainings.md").read_text())
+    assert len(rows) >= 8
+    for arm, *stated in rows:
+        files = ROOT.glob(f"results/scenes/cells/{arm}/seed-*/run/timing.jsonl")
+        ends = [json.loads(file.read_text().splitlines()[-1]) for file in files]
+        speeds = [end["queries"] / end["seconds"] for end in ends]
+        figures = [np.median(speeds), min(speeds), max(speeds), max(end["peak_memory_mb"] for end in ends)]
+        assert stated == [f"{figure:,.0f}" for figure in figures] and len(ends) == 5, arm

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import wandb
+from scipy.stats import ttest_rel
 
 import eval.__main__ as eval_main
 from backbones import EncodingBank, InputError, load_backbone
@@ -22,15 +23,19 @@ from eval.experiment.cells import Cell, attempt, fill, lay_out
 from eval.experiment.claims import ASKED, answers, pairs, remarks
 from eval.experiment.report import Report
 from eval.experiment.statistics import (
+    Estimate,
+    Pair,
     area_under_curve,
+    area_weights,
     compare,
+    difference,
     hypervolume,
     interquartile_mean,
     mean_over_seeds,
     show_p,
     standard_error,
 )
-from eval.experiment.summary import ArmResult, by_kind, collect, comparisons, estimates, gaps, ranked
+from eval.experiment.summary import ArmResult, by_kind, collect, comparisons, estimates, gaps, images_of, ranked
 from eval.experiment.tables import accuracy_table, comparison_table, cost_table
 from eval.plan_pictures import darkened
 from eval.policies import load_planner
@@ -229,24 +234,54 @@ def test_arms_have_names_of_their_own_and_what_they_need(name):
     assert [cell.seed for cell in cells if cell.arm.name == "full"] == [3]
 
 
-def test_paired_tests_find_a_difference_and_none_where_there_is_none():
+def pair_of(first, second, budget, first_Q, second_Q, **more):
+    """Of arms with one seed."""
+    return Pair(first, second, budget, np.asarray(first_Q)[None] * 1.0, np.asarray(second_Q)[None] * 1.0, **more)
+
+
+def test_tests_find_a_difference_and_none_where_there_is_none():
     """Null: the same numbers, and two draws of one distribution."""
     rng = np.random.default_rng(0)
     base = rng.random(4000) < 0.8
     better = base | (rng.random(4000) < 0.1)
     other = rng.random(4000) < 0.8
-    found = compare([("a", "b", 0.5, better * 1.0, base * 1.0), ("c", "c", 0.5, base * 1.0, base * 1.0)])
+    above, none = pair_of("a", "b", 0.5, better, base), pair_of("c", "c", 0.5, base, base)
+    found = compare([above, none])
     assert [each.verdict for each in found] == ["above", "no difference shown"]
     assert found[0].difference.low < float(better.mean() - base.mean()) < found[0].difference.high
-    assert compare([("b", "a", 0.5, base * 1.0, better * 1.0)])[0].verdict == "below"
-    assert compare([("o", "b", None, other * 1.0, base * 1.0)])[0].verdict == "no difference shown"
+    assert compare([pair_of("b", "a", 0.5, base, better)])[0].verdict == "below"
+    assert compare([pair_of("o", "b", None, other, base)])[0].verdict == "no difference shown"
     assert compare([]) == []
-    alone = compare([("a", "b", 0.5, better * 1.0, base * 1.0)])[0].p
+    alone = compare([above])[0].p
     assert found[0].p == pytest.approx(min(1.0, 2 * alone)), "Holm: the smallest of two is doubled"
-    area = ("a", "b", None, better * 1.0, base * 1.0)
-    both = compare([("a", "b", 0.5, better * 1.0, base * 1.0), ("c", "c", 0.5, base * 1.0, base * 1.0), area])
+    both = compare([above, none, pair_of("a", "b", None, better, base)])
     assert [each.budget for each in both] == [None, 0.5, 0.5]
     assert (both[0].p, both[1].p) == (alone, found[0].p), "areas and single budgets are two families"
+
+
+def test_with_one_seed_each_it_is_the_paired_t_test():
+    first, second = np.random.default_rng(0).random((2, 1, 500))
+    estimate, p = difference(first, second)
+    test = ttest_rel(first[0], second[0])
+    assert p == pytest.approx(test.pvalue)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(test.confidence_interval()))
+    assert difference(np.ones((2, 9)), np.zeros((1, 9))) == (Estimate(1, 1, 1), 0), "nothing varies"
+
+
+@pytest.mark.parametrize(("images", "seeds"), [(1, 3), (4, 3), (4, 1)])
+def test_chance_between_trainings_and_images_is_not_taken_for_a_difference(images, seeds):
+    """Two arms of one distribution, whose trainings differ, and whose queries of an image are answered alike: where no
+    difference is, one is found in a twentieth of the cases; a test over queries alone would find it in far more."""
+    rng, number, of_queries = np.random.default_rng(images + seeds), 100, []
+    images_Q = np.repeat(np.arange(number), images)
+    found = []
+    for _ in range(200):
+        training = rng.normal(0, 0.1 if seeds > 1 else 0, (2, seeds, 1))
+        by_image = rng.normal(0, 0.5, (2, 1, number)).repeat(images, axis=2)
+        scores = training + by_image + rng.normal(0, 0.5, (2, seeds, len(images_Q)))
+        found.append(difference(*scores, images_Q)[1] < 0.05)
+        of_queries.append(ttest_rel(*scores.mean(1)).pvalue < 0.05)
+    assert 0.01 <= np.mean(found) <= 0.09 and np.mean(of_queries) > 0.12
 
 
 def test_p_values_and_standard_errors_are_shown():
@@ -268,6 +303,7 @@ def test_intervals_over_seeds_hold_the_mean():
 
 def test_areas():
     assert area_under_curve((0.2, 0.6, 1.0), (0.5, 0.7, 0.9)) == pytest.approx(0.7)
+    assert area_weights((0.2, 0.3, 1.0)).tolist() == pytest.approx([0.0625, 0.5, 0.4375]), "linear in the budget"
     assert hypervolume([(0.5, 0.8), (0.25, 0.6), (0.9, 0.7)]) == pytest.approx(0.25 * 0.6 + 0.5 * 0.8)
     kinds = by_kind(np.array([[1.0, 0.0, 1.0, 1.0]]), ["a", "a", "b", "b"])
     assert kinds.tolist() == [[0.5, 1.0]] and by_kind(np.ones((2, 3)), None).shape == (2, 1)
@@ -276,7 +312,8 @@ def test_areas():
 def test_a_falling_curve_is_said():
     result = ArmResult("x")
     for budget, accuracy in ((0.25, 0.8), (0.5, 0.7), (1.0, 0.9)):
-        result.records[budget] = [{"accuracy": accuracy, "accuracy_stderr": 0.01, "budgeted": True}]
+        figures = {"accuracy": accuracy, "accuracy_stderr": 0.01, "llm_flops_ratio": budget}
+        result.records[budget] = [{**figures, "budgeted": True}]
     said = remarks("training", {"x": result}, (0.25, 0.5, 1.0))
     assert said == ["x: accuracy falls by more than a standard error from budget 0.25 to 0.5."]
 
@@ -334,6 +371,33 @@ def test_an_expectation_is_confirmed_refuted_or_left_open(tmp_path):
     assert third.verdict == "not decided by these figures"
     assert "rl (area 89.6 %, 3 seeds) is not shown to differ from even (" in third.sentences[0]
     assert third.sentences[1] == "Budget by budget, no difference is shown at 20, 50 and 100 % of the LLM FLOPs."
+
+
+def test_of_single_trainings_nothing_is_said_of_methods(tmp_path):
+    curves = {"rl": (0.8, 0.9, 0.95), "gumbel": (0.7, 0.85, 0.95)}
+    results = made(tmp_path, curves, seeds=1)
+    (answer,) = said("training", results)
+    assert answer.verdict == "not decided by single trainings"
+    assert answer.text.startswith("Not decided by single trainings: over all budgets rl (area 89.7 %, 1 seed) is above")
+    assert "a single seed" in comparison_table(comparisons(results, [("rl", "gumbel")], BUDGETS)).note
+    several = comparison_table(comparisons(made(tmp_path, curves), [("rl", "gumbel")], BUDGETS))
+    assert "a single seed" not in several.note
+
+
+def test_images_are_numbered(source):
+    assert images_of(source).tolist() == [number // 2 for number in range(12)]
+    assert images_of(source.spread(5)).max() < 5
+
+
+def test_what_is_really_spent_stands_beside_what_is_asked(tmp_path):
+    results = made(tmp_path, {"rl": (0.8, 0.9, 0.95), "rl layers": (0.6, 0.6, 0.9)})
+    for record in results["rl layers"].records[0.5]:
+        record["llm_flops_ratio"] = 0.2
+    rows = {row[0]: row[4:7] for row in accuracy_table(results, estimates(results, None), BUDGETS).rows}
+    assert [re.search(r" \((\d+)\)$", cell)[1] for cell in rows["rl layers"]] == ["18", "20", "90"]
+    assert not any("(" in cell for cell in rows["rl"])
+    spends = "rl layers spends 18, 20 and 90 % of the LLM FLOPs where it may spend 20, 50 and 100 %."
+    assert [each for each in remarks("dimensions", results, BUDGETS) if "spends" in each] == [spends]
 
 
 def test_the_best_rival_is_named_and_one_that_meets_few_budgets_is_none(tmp_path):

@@ -42,7 +42,8 @@ class Answer:
 
     Attributes:
         question: in words.
-        verdict: of the whole curve: ``confirmed``, ``refuted`` or ``not decided by these figures``.
+        verdict: of the whole curve: ``confirmed``, ``refuted``, ``not decided by these figures`` or, where an arm was
+            trained once, ``not decided by single trainings``.
         sentences: over the whole curve, and budget by budget.
     """
 
@@ -89,6 +90,9 @@ ASKED = {
 VERDICTS = {"below": "refuted", "no difference shown": "not decided by these figures", "above": "confirmed"}
 """By what a comparison with the best rival says; the worst first."""
 
+OF_ONE = "not decided by single trainings"
+"""The verdict where an arm was trained once: a difference may be one of trainings, not of methods."""
+
 
 def pairs(experiment: str) -> list[tuple[str, str]]:
     """The comparisons that an experiment is about."""
@@ -123,7 +127,7 @@ def _answer(
     where = "all budgets" if len(met) == len(budgets) else f"the budgets that both can meet, {_percent(met)},"
     words = {"above": "is above", "below": "is below", "no difference shown": "is not shown to differ from"}
     rival = f"its best rival {each.second!r}" if len(ranges) > 1 else each.second
-    verdict, difference = VERDICTS[each.verdict], each.difference
+    verdict, difference = OF_ONE if each.single else VERDICTS[each.verdict], each.difference
     p = show_p(each.p)
     whole = (
         f"{verdict.capitalize()}: over {where} {each.first} ({ours}) {words[each.verdict]} {rival} ({theirs}): "
@@ -166,10 +170,15 @@ def _percent(budgets: Sequence[float]) -> str:
 
 
 def remarks(experiment: str, results: Mapping[str, ArmResult], budgets: Sequence[float]) -> list[str]:
-    """What is kept of full accuracy at half of the FLOPs, and which curves fall where they should rise."""
+    """What is kept of full accuracy at half of the FLOPs, who spends less than they may, and which curves fall where
+    they should rise."""
     said = [_kept_of_full(results, budgets), _converged(results)] if experiment == "training" else []
     sentences = [sentence for sentence in said if sentence]
     for name, result in results.items():
+        if result.budgeted and result.spares(budgets):
+            met = result.met(budgets)
+            spent = enumerated([f"{100 * result.mean(budget, 'llm_flops_ratio'):.0f}" for budget in met])
+            sentences.append(f"{name} spends {spent} % of the LLM FLOPs where it may spend {_percent(met)}.")
         falls = _falls(result, budgets)
         if falls:
             sentences.append(f"{name}: accuracy falls by more than a standard error from budget {falls}.")

@@ -16,7 +16,7 @@ from eval.experiment.cells import TIME, Cell, fill
 from eval.experiment.claims import answers, pairs, remarks
 from eval.experiment.page import Picture, write_page
 from eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
-from eval.experiment.summary import ArmResult, area_of, collect, comparisons, estimates, gaps, ranked
+from eval.experiment.summary import ArmResult, area_of, collect, comparisons, estimates, gaps, images_of, ranked
 from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
 from eval.failures import working
 from eval.latency import device_name
@@ -26,8 +26,8 @@ from eval.tracking import Tracker
 from policies.baselines import Planner
 
 QUESTIONS = {
-    "pruning": "Does a controller that learns which visual tokens to keep beat static token pruning at equal cost?",
-    "dimensions": "Do tokens, heads and layers together beat any two, and any one, of them at equal cost?",
+    "pruning": "Does a controller that learns which visual tokens to keep beat static token pruning at equal budgets?",
+    "dimensions": "Do tokens, heads and layers together beat any two, and any one, of them at equal budgets?",
     "training": "Is policy-gradient training better than relaxation for the same controller?",
 }
 GALLERY_ARMS, GALLERY_QUERIES = 8, 6
@@ -64,7 +64,7 @@ class Report:
         self.cut = answer_cut(backbone, queries, max_new_tokens)
         self.results = collect(cells)
         self.found = estimates(self.results, queries.kinds)
-        compared = comparisons(self.results, pairs(name), budgets)
+        compared = comparisons(self.results, pairs(name), budgets, images_of(queries))
         tables = [
             accuracy_table(self.results, self.found, budgets),
             middle_table(self.results, self.found, budgets),

@@ -1,7 +1,8 @@
-"""What measured accuracies allow one to say: intervals over seeds, paired tests on the same queries, areas.
+"""What measured accuracies allow one to say: intervals over seeds, tests over trainings and queries together, areas.
 
 Intervals over seeds are stratified-bootstrap intervals, as Agarwal et al. (NeurIPS 2021) advise for few runs; tests
-compare two arms query by query and are corrected for their number (Holm), areas apart from single budgets.
+compare two arms on the same queries, as if trainings and images were drawn anew, and are corrected for their number
+(Holm), areas apart from single budgets.
 
 Shape legend: R seeds, K kinds of questions, Q queries.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from scipy.integrate import trapezoid
-from scipy.stats import bootstrap, trim_mean, ttest_rel
+from scipy.stats import bootstrap, t, trim_mean
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 2000
@@ -30,14 +31,32 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One arm against another on the same queries.
+class Pair:
+    """Two arms to compare.
 
     Attributes:
         first, second: their names.
         budget: at which; None: area under the curve.
-        difference: mean accuracy of the first less that of the second, with an interval over queries.
-        p: of the paired test, corrected.
+        first_RQ, second_RQ: accuracies of each of their seeds on the same queries.
+        single: whether an arm that differs from seed to seed has one alone.
+    """
+
+    first: str
+    second: str
+    budget: float | None
+    first_RQ: np.ndarray
+    second_RQ: np.ndarray
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another on the same queries.
+
+    Attributes:
+        first, second, budget, single: as of the pair.
+        difference: mean accuracy of the first less that of the second, with an interval over trainings and queries.
+        p: of the test, corrected.
     """
 
     first: str
@@ -45,6 +64,7 @@ class Comparison:
     budget: float | None
     difference: Estimate
     p: float
+    single: bool = False
 
     @property
     def verdict(self) -> str:
@@ -84,33 +104,62 @@ def _stratified(scores_RK: np.ndarray, statistic: Callable[..., Any], seed: int)
     return Estimate(value, float(interval.low), float(interval.high))
 
 
-def compare(pairs: Sequence[tuple[str, str, float | None, np.ndarray, np.ndarray]]) -> list[Comparison]:
-    """Paired tests, corrected in two families: areas are the main question, single budgets a closer look.
+def compare(pairs: Sequence[Pair], images_Q: np.ndarray | None = None) -> list[Comparison]:
+    """Tests, corrected in two families: areas are the main question, single budgets a closer look.
 
     Args:
-        pairs: names of both, the budget (None: area), and the accuracies (Q,) of both on the same queries, each the
-            mean over seeds.
+        pairs: what to compare.
+        images_Q: the number of the image that each query shows; None: each its own.
 
     Returns:
         the areas, then the single budgets.
     """
-    areas = [pair for pair in pairs if pair[2] is None]
-    return _family(areas) + _family([pair for pair in pairs if pair[2] is not None])
+    areas = [pair for pair in pairs if pair.budget is None]
+    return _family(areas, images_Q) + _family([pair for pair in pairs if pair.budget is not None], images_Q)
 
 
-def _family(pairs: Sequence[tuple[str, str, float | None, np.ndarray, np.ndarray]]) -> list[Comparison]:
-    """Paired tests that are corrected together."""
+def _family(pairs: Sequence[Pair], images_Q: np.ndarray | None) -> list[Comparison]:
+    """Tests that are corrected together."""
     if not pairs:
         return []
-    p_values = []
-    for _, _, _, first_Q, second_Q in pairs:
-        same = np.array_equal(first_Q, second_Q)
-        p_values.append(1.0 if same else float(ttest_rel(first_Q, second_Q).pvalue))
-    corrected = multipletests(p_values, method="holm")[1]
+    found = [difference(pair.first_RQ, pair.second_RQ, images_Q) for pair in pairs]
+    corrected = multipletests([p for _, p in found], method="holm")[1]
     return [
-        Comparison(first, second, budget, paired_difference(first_Q, second_Q), float(p))
-        for (first, second, budget, first_Q, second_Q), p in zip(pairs, corrected, strict=True)
+        Comparison(pair.first, pair.second, pair.budget, estimate, float(p), pair.single)
+        for pair, (estimate, _), p in zip(pairs, found, corrected, strict=True)
     ]
+
+
+def difference(
+    first_RQ: np.ndarray, second_RQ: np.ndarray, images_Q: np.ndarray | None = None
+) -> tuple[Estimate, float]:
+    """Mean of the first less that of the second, with a 95 % interval, and the p of there being none.
+
+    Trainings and images are drawn independently, so the variances that they give to the difference add up: that of each
+    arm's mean over its seeds, and that of the mean over images of the paired differences. What is left is Student's t,
+    with degrees of freedom by Welch and Satterthwaite. An arm with one seed adds no variance of trainings.
+    """
+    first_RQ, second_RQ = first_RQ.astype(np.float64), second_RQ.astype(np.float64)
+    differences_Q = first_RQ.mean(0) - second_RQ.mean(0)
+    mean = float(differences_Q.mean())
+    terms = [_variance_over_images(differences_Q, images_Q)]
+    for means_R in (first_RQ.mean(1), second_RQ.mean(1)):
+        if len(means_R) > 1:
+            terms.append((means_R.var(ddof=1) / len(means_R), len(means_R) - 1))
+    whole = sum(variance for variance, _ in terms)
+    if whole < 1e-30:  # nothing varies, but for rounding
+        return Estimate(mean, mean, mean), 1.0 if mean == 0 else 0.0
+    freedom = whole**2 / sum(variance**2 / own for variance, own in terms)
+    half = float(t.isf(0.025, freedom, scale=whole**0.5))
+    return Estimate(mean, mean - half, mean + half), 2 * float(t.sf(abs(mean), freedom, scale=whole**0.5))
+
+
+def _variance_over_images(values_Q: np.ndarray, images_Q: np.ndarray | None) -> tuple[float, int]:
+    """Of the mean, where the queries of an image come together; and its degrees of freedom."""
+    deviations_Q = values_Q - values_Q.mean()
+    sums = deviations_Q if images_Q is None else np.bincount(images_Q, deviations_Q)
+    freedom = max(1, len(sums) - 1)
+    return float((sums**2).sum()) * len(sums) / freedom / len(values_Q) ** 2, freedom
 
 
 def show_p(p: float) -> str:
@@ -124,21 +173,14 @@ def standard_error(scores_RQ: np.ndarray) -> float:
     return float(means_Q.std(ddof=1) / len(means_Q) ** 0.5) if len(means_Q) > 1 else 0.0
 
 
-def paired_difference(first_Q: np.ndarray, second_Q: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of the differences with a 95 % bootstrap interval over queries."""
-    difference_Q = first_Q - second_Q
-    mean = float(difference_Q.mean())
-    if np.ptp(difference_Q) == 0:
-        return Estimate(mean, mean, mean)
-    interval = bootstrap(
-        (difference_Q,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=50, rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high))
-
-
 def area_under_curve(budgets: Sequence[float], accuracies: Sequence[float] | np.ndarray) -> float | np.ndarray:
-    """Mean accuracy over a range of budgets, by trapezoids; accuracies (…, budgets)."""
+    """Mean accuracy over the range of budgets, linear in the budget, by trapezoids; accuracies (…, budgets)."""
     return trapezoid(accuracies, budgets) / (max(budgets) - min(budgets))
+
+
+def area_weights(budgets: Sequence[float]) -> np.ndarray:
+    """(budgets,) what each counts for in the area; they add up to 1."""
+    return np.asarray(area_under_curve(budgets, np.eye(len(budgets))))
 
 
 def hypervolume(points: Sequence[tuple[float, float]]) -> float:

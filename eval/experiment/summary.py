@@ -13,12 +13,14 @@ from functools import cached_property
 import numpy as np
 
 from backbones.errors import InputError
+from envs.queries import DatasetQueries
 from eval.evaluate import Record
 from eval.experiment.arms import FULL
 from eval.experiment.cells import TIME, Cell
 from eval.experiment.statistics import (
     Comparison,
     Estimate,
+    Pair,
     area_under_curve,
     compare,
     interquartile_mean,
@@ -27,6 +29,9 @@ from eval.experiment.statistics import (
 from eval.runs import RunFolder
 
 NOT_YET = "not measured yet"
+
+SPARED = 0.1
+"""Left of a budget: where it is more, tables show what is really spent."""
 
 MOST_LOST = 0.01
 """A training has converged when validation accuracy stays within so much of its end."""
@@ -82,6 +87,15 @@ class ArmResult:
     @property
     def budgeted(self) -> bool:
         return all(record["budgeted"] for own in self.records.values() for record in own)
+
+    @property
+    def single(self) -> bool:
+        """Whether it differs from seed to seed, and has one alone."""
+        return len(self.cells) == 1 and self.cells[0].arm.seeded
+
+    def spares(self, budgets: Sequence[float]) -> bool:
+        """Whether it clearly spends less than it is asked to, at some budget."""
+        return any(self.mean(budget, "llm_flops_ratio") < (1 - SPARED) * budget for budget in self.met(budgets))
 
     def mean(self, budget: float, field: str) -> float:
         """Over the seeds."""
@@ -224,21 +238,33 @@ def shared_budgets(first: ArmResult, second: ArmResult, budgets: Sequence[float]
 
 
 def comparisons(
-    results: Mapping[str, ArmResult], pairs: Sequence[tuple[str, str]], budgets: Sequence[float]
+    results: Mapping[str, ArmResult],
+    pairs: Sequence[tuple[str, str]],
+    budgets: Sequence[float],
+    images_Q: np.ndarray | None = None,
 ) -> list[Comparison]:
-    """Paired tests of arms that met the same budgets, in area and at each budget."""
-    tests: list[tuple[str, str, float | None, np.ndarray, np.ndarray]] = []
+    """Tests of arms that met the same budgets, in area and at each budget; ``images_Q`` as ``images_of`` has it."""
+    tests: list[Pair] = []
     for first, second in pairs:
         ours, theirs = results.get(first), results.get(second)
         if ours is None or theirs is None:
             continue
-        both = shared_budgets(ours, theirs, budgets)
-        scores = {budget: (ours.scores(budget).mean(0), theirs.scores(budget).mean(0)) for budget in both}
-        tests += [(first, second, budget, *scores[budget]) for budget in both]
+        both, single = shared_budgets(ours, theirs, budgets), ours.single or theirs.single
+        scores = {budget: (ours.scores(budget), theirs.scores(budget)) for budget in both}
+        tests += [Pair(first, second, budget, *scores[budget], single) for budget in both]
         if len(both) > 1:
             areas = [area_under_curve(both, np.stack([scores[b][side] for b in both], axis=-1)) for side in (0, 1)]
-            tests.append((first, second, None, np.asarray(areas[0]), np.asarray(areas[1])))
-    return compare(tests)
+            tests.append(Pair(first, second, None, np.asarray(areas[0]), np.asarray(areas[1]), single))
+    measured = next((len(test.first_RQ[0]) for test in tests), 0)
+    return compare(tests, images_Q if images_Q is not None and len(images_Q) == measured else None)
+
+
+def images_of(queries: DatasetQueries) -> np.ndarray:
+    """(Q,) int64 the number of the image that each query shows; one without an image has a number of its own."""
+    images_Q = np.arange(len(queries)) + len(queries)
+    for number, rows in enumerate(queries.by_image()):
+        images_Q[rows] = number
+    return np.unique(images_Q, return_inverse=True)[1]
 
 
 def _validations(cell: Cell) -> list[tuple[int, float, float]]:

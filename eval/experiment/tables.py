@@ -9,8 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.experiment.statistics import Comparison, Estimate, area_under_curve, hypervolume, show_p, standard_error
-from eval.experiment.summary import MOST_LOST, NOT_YET, ArmResult, area_of, ranked
+from eval.experiment.statistics import (
+    Comparison,
+    Estimate,
+    area_under_curve,
+    area_weights,
+    hypervolume,
+    show_p,
+    standard_error,
+)
+from eval.experiment.summary import MOST_LOST, NOT_YET, SPARED, ArmResult, area_of, enumerated, ranked
 from eval.report import markdown
 
 
@@ -58,8 +66,13 @@ def accuracy_table(
             own = f"{show(found[name, budget][0])} at its own cost"
             rows.append([name, seeds, "", "", own, *[""] * (len(budgets) - 1), "", cost, ""])
             continue
-        cells = [show(found[name, budget][0]) if budget in result.records else "—" for budget in budgets]
-        met = result.met(budgets)
+        met, spares = result.met(budgets), result.spares(budgets)
+        cells = [
+            show(found[name, budget][0]) + (f" ({100 * result.mean(budget, 'llm_flops_ratio'):.0f})" if spares else "")
+            if budget in met
+            else "—"
+            for budget in budgets
+        ]
         area, spread = "—", ""
         if len(met) > 1:
             areas_R = np.asarray(area_under_curve(met, np.stack([result.scores(budget).mean(1) for budget in met], -1)))
@@ -73,14 +86,17 @@ def accuracy_table(
     for name, result in results.items():
         if not result.records and any(why != NOT_YET for why in result.failures.values()):
             rows.append([name, "0", "", "", *["failed"] * len(budgets), "", "", ""])
+    weights = enumerated([f"{100 * weight:.0f}" for weight in area_weights(budgets)])
     note = (
         "Accuracy in %, mean over seeds and kinds of questions (each kind counts alike), with a 95 % "
-        "stratified-bootstrap interval over seeds; one seed gives no interval. Area: mean accuracy over the budgets, "
-        "each query counting alike; spread: its standard deviation over seeds, in points. Hypervolume: the area, in %, "
-        "that the points of a policy dominate, from cost 0 to 1. A dash is a budget that cannot be met; an area from a "
-        "budget on compares with such areas alone. Where two intervals do not meet, other seeds would most likely give "
-        "the same order; they are of trainings, on one test split of one data set, and say nothing of other data or "
-        "backbones."
+        "stratified-bootstrap interval over seeds; one seed gives no interval. In parentheses: the share of the LLM "
+        f"FLOPs, in %, that is really spent, in rows that leave more than {100 * SPARED:g} % of a budget. Area: mean "
+        "accuracy over the range of budgets asked, linear in the budget (by trapezoids, so that those measured weigh "
+        f"{weights} %), each query counting alike; spread: its standard deviation over seeds, in points. Hypervolume: "
+        "the area, in %, that the points of a policy, over what they really spend, dominate, from cost 0 to 1. A dash "
+        "is a budget that cannot be met; an area from a budget on compares with such areas alone. Where two intervals "
+        "do not meet, other seeds would most likely give the same order; they are of trainings, on one test split of "
+        "one data set, and say nothing of other data or backbones."
     )
     return Table("Accuracy", rows, note)
 
@@ -118,12 +134,15 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
         difference += f"{100 * each.difference.high:+.2f}]"
         rows.append([each.first, each.second, at, difference, show_p(each.p), each.verdict])
     areas = sum(each.budget is None for each in found)
+    alone = " Where an arm has a single seed, nothing is said of other trainings of it." * any(e.single for e in found)
     note = (
-        "Paired t-tests on the same queries, each arm's accuracy on a query the mean over its seeds; intervals are "
-        "bootstrapped over queries, and are not corrected. p is corrected (Holm) in two families: the "
-        f"{areas} areas, which are the main question, and the {len(found) - areas} single budgets. They speak of these "
-        "trained controllers on this data: a difference that is shown holds for other queries of its kind, not for "
-        "other data; one that is not shown may be there all the same."
+        "Differences of means over seeds on the same queries. Intervals and p are over trainings and images together: "
+        "the variance between an arm's seeds and that of the paired differences from image to image add up (Student's "
+        "t, degrees of freedom by Welch and Satterthwaite). Intervals are not corrected; p is (Holm), in two families: "
+        f"the {areas} areas, which are the main question, and the {len(found) - areas} single budgets. A difference "
+        "that is shown holds for other trainings of the same kind and other queries of this kind, not for other data "
+        "or VLMs; one that is not shown may be there all the same. Rules, and plans that were searched for, count as "
+        f"given.{alone}"
     )
     return Table("Paired comparisons", rows, note)
 

@@ -92,12 +92,13 @@ class Answering:
         planned = Planned.of_encoding(self.planner, self.backbone, encoding, [budget] * len(requests))
         if requests[0].kind == SCORE:
             return self._score(requests, planned)
-        answers = self.backbone.answer(encoding, planned.masks, requests[0].max_new_tokens)
+        longest = requests[0].max_new_tokens
+        answers = self.backbone.answer(encoding, planned.masks, longest)
         said = [
             {"answer": request.cut(text), "new_tokens": len(ids)}
             for request, text, ids in zip(requests, answers.texts, answers.tokens, strict=True)
         ]
-        return planned.replies(answers), said
+        return planned.replies(answers, longest), said
 
     def _score(self, requests: Sequence[Request], planned: Planned) -> tuple[list[Reply], list[dict[str, Any]]]:
         """The continuations' log-likelihoods; FLOPs are those of reading them."""

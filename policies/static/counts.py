@@ -51,11 +51,17 @@ class CountPlanner(ABC):
             InputError: a budget that keeping a single token already exceeds.
         """
         skeleton = self.skeleton(encoding)
-        return self.fill(skeleton, encoding, self.counts(skeleton, encoding, budgets_B))
+        return self._filled(skeleton, encoding, self.counts(skeleton, encoding, budgets_B))
 
     def plan_counts(self, encoding: Encoding, counts_B: Tensor) -> Masks:
         """Plans that keep so many visual tokens each, or all that the image has."""
-        return self.fill(self.skeleton(encoding), encoding, counts_B.minimum(encoding.visual_valid_BN.sum(1)))
+        return self._filled(self.skeleton(encoding), encoding, counts_B.minimum(encoding.visual_valid_BN.sum(1)))
+
+    def _filled(self, skeleton: Skeleton, encoding: Encoding, counts_B: Tensor) -> Masks:
+        """The real plans; where all tokens of all images are kept there is nothing to choose, nor to compute."""
+        if bool((counts_B == encoding.visual_valid_BN.sum(1)).all()):
+            return skeleton(counts_B)
+        return self.fill(skeleton, encoding, counts_B)
 
     def controller_flops(self, encoding: Encoding) -> int:
         """Nothing: what choosing costs is said by the plans."""
@@ -88,14 +94,17 @@ class CountPlanner(ABC):
         def flops(counts_B: Tensor) -> Tensor:
             return self.backbone.cost(encoding, skeleton(counts_B)).llm
 
-        least_B = flops(torch.ones_like(most_B))
+        # Keeping all needs no choice, so it can cost less than keeping all but one; below, more tokens cost more.
+        whole_B = flops(most_B) <= limits_B
+        if bool(whole_B.all()):
+            return most_B
+        least_B = flops(torch.ones_like(most_B)) * ~whole_B
         if bool((least_B > limits_B).any()):
             self._refuse(budgets_B, (least_B.double() + 0.5) / full_B)
-        # Keeping all needs no choice, so it can cost less than keeping all but one; below, more tokens cost more.
         some_B = most_that_fits(
             lambda counts_B: flops(counts_B) <= limits_B, torch.ones_like(most_B), (most_B - 1).clamp_min(1)
         )
-        return torch.where(flops(most_B) <= limits_B, most_B, some_B)
+        return torch.where(whole_B, most_B, some_B)
 
     def _refuse(self, budgets_B: Tensor, least_B: Tensor) -> None:
         row = int((least_B - budgets_B.to(least_B.device)).argmax())

@@ -31,8 +31,6 @@ class GreedyPlanner(TokenPlanner):
     def choose(self, encoding: Encoding, counts_B: Tensor) -> Tensor:
         valid_BN = encoding.visual_valid_BN
         some_B = counts_B < valid_BN.sum(1)
-        if not bool(some_B.any()):
-            return valid_BN
         ranks_BN = self.ranks(encoding, int(counts_B[some_B].max()))
         return valid_BN & ((ranks_BN < counts_B[:, None]) | ~some_B[:, None])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -55,11 +56,12 @@ class InsidePlanner(CountPlanner):
         return skeleton(counts_B)
 
     def skeleton(self, encoding: Encoding) -> Skeleton:
-        full, marked_BT, making_B = self.backbone.full(encoding), self.marked(encoding), self.making(encoding)
-        most_B = encoding.visual_valid_BN.sum(1)
+        full, making_B = self.backbone.full(encoding), self.making(encoding)
+        most_B, marked = encoding.visual_valid_BN.sum(1), cache(partial(self.marked, encoding))
 
         def plans(counts_B: Tensor) -> Masks:
             keeps = self.keeps(encoding, counts_B)
+            marked_BT = marked() if bool((counts_B < most_B).any()) else None
             stages = [
                 Stage(layer, keep_B, scorer=self.scorer, marked=marked_BT)
                 for layer, keep_B in zip(self.layers, keeps, strict=True)

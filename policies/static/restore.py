@@ -80,7 +80,9 @@ class RestorePlanner(TokenPlanner):
 
     def _halves(self, encoding: Encoding, counts_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N) the tokens that stay as they are, and the anchors."""
-        pure_BN = self.base.choose(encoding, (counts_B // 2).clamp_min(1)) & (counts_B > 1)[:, None]
+        pure_BN = torch.zeros_like(encoding.visual_valid_BN)
+        if bool((counts_B > 1).any()):
+            pure_BN = self.base.choose(encoding, (counts_B // 2).clamp_min(1)) & (counts_B > 1)[:, None]
         rest_BN = encoding.visual_valid_BN & ~pure_BN
         return pure_BN, best_tokens(distinctness(encoding.visual_BND, rest_BN), rest_BN, counts_B - counts_B // 2)
 
