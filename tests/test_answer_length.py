@@ -295,3 +295,10 @@ def test_a_run_that_was_begun_before_goes_on(monkeypatch, spoken_data, tmp_path)
     config.write_text("\n".join(kept) + "\n")
     command(monkeypatch, main, "--out", tmp_path / "run", "--resume", "--max-failed", 0.2)
     assert json.loads((tmp_path / "run" / "result.json").read_text())[0]["max_new_tokens"] == 3
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("several", [pa.list_, pa.large_list, pa.list_view], ids=lambda kind: kind.__name__)
+def test_lengths_of_every_kind_of_list(small, text, several):
+    lengths = AcceptedLengths(pa.chunked_array([pa.array([["red circle", "red"], ["yes"]], several(text))]))
+    assert (lengths.longest(small), lengths.shortest(small).tolist()) == (2, [1, 1])
