@@ -4,9 +4,12 @@ and write a run folder: what ``train_rl.py`` does, with gradients through the mo
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin while cores are busy cost tenfold
 
 import numpy as np
 import torch
