@@ -77,7 +77,14 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="session", params=KINDS)
+TRIED_FIRST = ("mha", "gqa", "fine-heads-only", "qwen2_5_vl")
+"""Of the kinds of backbone those that the fast tests take: between them they have all that differs."""
+
+
+@pytest.fixture(
+    scope="session",
+    params=[name if name in TRIED_FIRST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
+)
 def backbone(request) -> Backbone:
     """Every kind of slot (a head, a group on one key-value head, several heads, part of a group, without the MLP), and
     every family."""

@@ -71,6 +71,7 @@ def columns(queries):
 
 
 @pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.slow
 def test_answers_and_costs_are_those_of_eval_run(monkeypatch, run_of, queries, place, tmp_path, kind):
     """``eval run`` plans and answers all twelve in one batch; here they come in two."""
     options = ["--budgets", "0.6", "--json", tmp_path / "r.json", "--data", place / "data"]
@@ -148,6 +149,7 @@ def test_unfinished_characters_are_held_back(source):
 
 
 @pytest.mark.parametrize("kind", ["rl", "adallava-h"])
+@pytest.mark.slow
 def test_eight_threads_get_what_they_would_get_alone(run_of, queries, kind):
     vlm = AdaptiveVLM.from_pretrained(run_of(kind))
 
@@ -180,6 +182,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_saved_pushed_and_loaded_in_a_new_process_it_says_the_same(run_of, queries, tmp_path):
     query = queries[0]
     query.image.save(tmp_path / "image.png")
@@ -252,6 +255,7 @@ def test_a_controller_for_other_weights_is_refused(place, run_of, tmp_path):
     assert AdaptiveVLM.from_pretrained(copy, str(tmp_path / "other")).backbone.name == str(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_milliseconds(monkeypatch, run_of, queries, place, tmp_path):
     where = ["--backbone", place / "vlm", "--data", place / "data", "--out", tmp_path / "latency.json"]
     command(monkeypatch, eval_main.main, "latency", "full", *where, "--queries", 2, "--repeats", 1)

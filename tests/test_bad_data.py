@@ -19,6 +19,8 @@ from eval import cli
 from tests.conftest import make_dataset
 from tests.refusals import PROGRAMS, Line, check_line
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 

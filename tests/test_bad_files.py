@@ -26,6 +26,8 @@ from policies.static.searched import SearchedOrder
 from tests.conftest import command
 from tests.refusals import Line, check_line, snapshot
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def backbone(desk):

@@ -7,6 +7,8 @@ import pytest
 
 from tests.refusals import PROGRAMS, Line, check_line
 
+pytestmark = pytest.mark.slow
+
 HERE = "--backbone {vlm} --data {data}"
 SMALL = f"{HERE} --total-queries 4 --validate-queries 2 --test-queries 2 --out run"
 """Of trainings: small enough to reach their end, should they not refuse."""

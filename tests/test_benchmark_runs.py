@@ -142,6 +142,7 @@ def test_answers_are_cut_where_the_scoring_has_them_cut(small, made, monkeypatch
     [(train_rl, "--envs 8 --rollout-steps 2 --batch-size 8"), (train_gumbel, "--batch-size 8")],
     ids=["rl", "gumbel"],
 )
+@pytest.mark.slow
 def test_controllers_train_on_a_benchmark(monkeypatch, place, tmp_path, script, own, capsys):
     for part in ("train2014", "val2014"):
         benchmark_files.vqav2(tmp_path / "vqav2", part)

@@ -58,6 +58,7 @@ def test_a_cell_is_had_again_from_its_run(tiny, name, arm):
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: f"{report.parent.name}-{report.name}")
+@pytest.mark.slow
 def test_tables_follow_from_records(report):
     budgets, cells = head_of(report.parent)["budgets"], cells_of(report.parent, report.name)
     results, queries = collect(cells), queries_of(report.parent)

@@ -28,6 +28,8 @@ from tests.test_runs import Options
 from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_rl import OPTIONS
 
+pytestmark = pytest.mark.slow
+
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 """What Python tells its audit hooks of changes to the disk."""
 

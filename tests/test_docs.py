@@ -32,6 +32,7 @@ def desk(tmp_path, monkeypatch, tiny):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.slow
 def test_what_a_page_shows_works(page, desk):
     text = page.read_text()
     check_links(text, page)

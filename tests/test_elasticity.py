@@ -94,6 +94,7 @@ def asked(rule, count=400):
     return DatasetQueries(Dataset.from_dict(made).cast_column("image", ImageFeature()), "made", "train")
 
 
+@pytest.mark.slow
 def test_a_question_only_model_finds_what_the_question_says_and_no_more():
     tells = asked(lambda question, rng: "yes" if "a" in question else "no")
     assert question_only_accuracy(tells, tells, steps=60).mean() == 1
@@ -101,11 +102,13 @@ def test_a_question_only_model_finds_what_the_question_says_and_no_more():
     assert question_only_accuracy(silent[0], asked(lambda q, rng: str(rng.integers(1, 5)))).mean() < 0.4
 
 
+@pytest.mark.slow
 def test_scenes_cannot_be_answered_without_the_image():
     train, test = (load_queries("scenes:images=1000", split) for split in ("train", "validation"))
     assert question_only_accuracy(train, test, steps=300).mean() <= 0.45
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_all_of_it(monkeypatch, capsys, place, tmp_path):
     options = ["--data", place / "data", "--plans", 3, "--oracle-queries", 6, "--json", tmp_path / "e.json"]
     command(monkeypatch, eval_main.main, "elasticity", "--backbone", place / "vlm", *options)

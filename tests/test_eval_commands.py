@@ -75,6 +75,7 @@ def test_limits_in_milliseconds_make_a_record_each(monkeypatch, place, tmp_path,
     assert alone[0].items() <= records[1].items(), "a limit's record depends on the other limits"
 
 
+@pytest.mark.slow
 def test_latency_measures_and_calibrates(monkeypatch, place, tmp_path, capsys):
     out = tmp_path / "latency.json"
     options = ["--budgets", "0.6", "0.8", "--queries", "3", "--batch-size", "2", "--repeats", "2"]

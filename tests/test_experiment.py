@@ -83,6 +83,7 @@ def done(place, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_everything_that_is_promised_is_there(done):
     assert {path.name for path in done.iterdir()} == {"experiment.json", "static.json", "cells", "training"}
     names = {path.name for path in (done / "training").iterdir()}
@@ -125,6 +126,7 @@ def test_a_cell_can_be_computed_again_from_its_run(done, place):
     assert "cells/gumbel/seed-1/run" in started_from
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again_and_what_failed_is(monkeypatch, done, place, tmp_path):
     out = tmp_path / "said"
     shutil.copytree(done, out)
@@ -189,6 +191,7 @@ def test_a_name_means_the_same_in_every_experiment():
             assert by_name.setdefault(arm.name, arm) == arm
 
 
+@pytest.mark.slow
 def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, done, place, tmp_path):
     out = tmp_path / "said"
     shutil.copytree(done, out)
@@ -205,6 +208,7 @@ def test_another_experiment_in_the_folder_trains_only_what_is_new(monkeypatch, d
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_the_report_is_a_run_of_the_trainings_group(monkeypatch, done, place, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     begun, init = [], wandb.init
@@ -400,6 +404,7 @@ def test_what_is_really_spent_stands_beside_what_is_asked(tmp_path):
     assert [each for each in remarks("dimensions", results, BUDGETS) if "spends" in each] == [spends]
 
 
+@pytest.mark.slow
 def test_the_best_rival_is_named_and_one_that_meets_few_budgets_is_none(tmp_path):
     curves = {"rl tokens": (0.5, 0.7, 0.9), "stride": (0.3, 0.6, 0.85), "fastv": (0.4, 0.5, 0.8)}
     results = made(tmp_path, {**curves, "divprune": (None, 0.71, 0.91)})
@@ -475,6 +480,7 @@ def test_tables_are_ranked_and_have_spread_and_errors(tmp_path):
 
 
 @pytest.mark.parametrize("others", [1, 17])
+@pytest.mark.slow
 def test_plots_stand_ours_out_and_list_the_best_first(monkeypatch, tmp_path, others):
     """With few arms and with many; one far worse one does not squash the rest."""
     monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure))
@@ -594,6 +600,7 @@ def test_the_page_can_be_read_on_a_phone(done, tmp_path):
     assert found["heading"] > 0 and found["tables"] >= 4
 
 
+@pytest.mark.slow
 def test_cells_can_be_done_side_by_side(done, monkeypatch, place, tmp_path):
     experiment(monkeypatch, place, tmp_path / "out", "--jobs", "2", "--seeds", "0")
     one, other = (lay_out(folder, ARMS, (0,)) for folder in (done, tmp_path / "out"))
@@ -604,6 +611,7 @@ def test_cells_can_be_done_side_by_side(done, monkeypatch, place, tmp_path):
             assert np.mean(column != theirs.outcomes()[name]) < 0.2, (mine.arm.name, name)
 
 
+@pytest.mark.slow
 def test_times_are_added_to_what_is_done(monkeypatch, done, place, tmp_path):
     """Of the first seed; all else stays as it was. Where times cannot be had, figures stay, and the reason is said."""
     out = tmp_path / "said"

@@ -25,6 +25,8 @@ from policies.static.searched import SearchedOrder
 from tests import fuzz
 from train_rl import RLConfig
 
+pytestmark = pytest.mark.slow
+
 QUICK = settings(
     max_examples=25,
     deadline=1000 * fuzz.SECONDS_AN_INPUT,

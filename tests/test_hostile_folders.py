@@ -41,6 +41,8 @@ from tests.hostile import Witness, a_run, claimed_png, edit, refused
 from tests.local_hub import local_hub
 from tests.refusals import snapshot
 
+pytestmark = pytest.mark.slow
+
 DEEP = "[" * 100_000
 ALIASES = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
 MERGES = "a: &a {x: 1}\n" + "".join(

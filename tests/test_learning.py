@@ -6,11 +6,14 @@ share between the two); an untrained one keeps every token and has -0.5.
 """
 
 import numpy as np
+import pytest
 import torch
 
 import policies.controller
 from backbones import EncodingBank
 from tests.test_policy import make_ppo
+
+pytestmark = pytest.mark.slow
 
 THRESHOLD = -0.12
 PLANS = 10_240

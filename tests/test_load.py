@@ -5,6 +5,8 @@ import pytest
 from tests import load
 from tests.conftest import KINDS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_plans_of_each_kind_are_within_their_budgets(kind):

@@ -102,6 +102,7 @@ def test_relaxed_training_stops_before_the_update(monkeypatch, place, tmp_path, 
     assert newest_weights(tmp_path / "run") == 64
 
 
+@pytest.mark.slow
 def test_backbone_training_stops_before_the_update(monkeypatch, place, tmp_path, capsys):
     """By a gradient; a loss is in ``test_train_backbone``."""
     losses = train_backbone.ElasticTrainer.compute_loss
@@ -186,6 +187,7 @@ def test_narrow_types_stay_near_float32(tiny, dtype, source):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_a_training_on_a_narrow_vlm_stays_finite(monkeypatch, place, tmp_path, dtype):
     train(monkeypatch, place, tmp_path / "run", "--dtype", dtype, "--total-queries", 8)
     assert newest_weights(tmp_path / "run") == 8
@@ -203,6 +205,7 @@ def scattering(terms):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.slow
 def test_deterministic_trainings_are_equal_to_the_last_bit(monkeypatch, place, tmp_path, wanted):
     observing.seen = []
     found = []
@@ -225,6 +228,7 @@ def test_deterministic_trainings_refuse_other_operations(monkeypatch, place, tmp
 
 
 @pytest.mark.parametrize("script", [train_gumbel, train_backbone])
+@pytest.mark.slow
 def test_every_training_can_be_deterministic(monkeypatch, place, tmp_path, script):
     """And all of what it needs has a deterministic implementation."""
     options = "--total-queries 8 --batch-size 8 --budgets 0.6 1 --test-budgets 0.6".split()  # noqa: SIM905

@@ -262,6 +262,7 @@ def test_executed_plans_fit_while_sampled_ones_may_not(small, source):
     assert (spent(predicted) <= limits).all()
 
 
+@pytest.mark.slow
 def test_ratios_multiply_to_the_joint_one_and_have_their_own_clips(small, source):
     """The sums of all kinds of log-probabilities agree; the update is SB3's own, and differs between the kinds."""
     after = {}

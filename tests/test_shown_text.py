@@ -75,6 +75,7 @@ def page(monkeypatch, tmp_path):
     return shown
 
 
+@pytest.mark.slow
 def test_the_demo_shows_names_and_answers_as_they_are(page, tmp_path):
     marked = [*page.markdown, *page.subheader, *page.error]
     texts = [element.value for element in marked]

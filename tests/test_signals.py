@@ -25,6 +25,8 @@ from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_rl import OPTIONS
 from tests.waiting import doing, dying, prepared, waiting
 
+pytestmark = pytest.mark.slow
+
 BOTH = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 

@@ -230,6 +230,7 @@ class Later:
         (lambda: sys.exit(0), "raised SystemExit: 0 (queries q"),
     ],
 )
+@pytest.mark.slow
 def test_a_training_ends_before_the_update_and_can_go_on(monkeypatch, place, tmp_path, capsys, work, words):
     """And a run that was stopped so is resumed with another limit."""
     monkeypatch.setitem(globals(), "later", Later(work))
