@@ -19,7 +19,7 @@ from envs import load_queries
 from envs.core import draw_budgets
 from envs.scoring import reference
 from eval import cli
-from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
 from eval.determinism import deterministic
 from eval.report import markdown
 from eval.runs import RunFolder
@@ -300,7 +300,8 @@ def main() -> None:
     config = cli.parse(GumbelConfig)
     config.check()
     with RunFolder.begun(config.out, config, config.resume) as folder, deterministic(config.deterministic):
-        run(config, folder, began)
+        if not nothing_left(folder):
+            run(config, folder, began)
 
 
 def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
@@ -316,6 +317,7 @@ def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
     if config.resume:
         trainer.restore()
+        folder.change_length()
     trainer.train()
     conclude(config, folder, tracker, trainer.controller, backbone, config.estimator, began, trainer.tuning)
     print(f"\ncost of the plans that were trained and of those executed, validation:\n{markdown(trainer.cost_gap())}")

@@ -77,6 +77,7 @@ class Audit(cli.Placement):
         if self.static is not None:
             static = load_planner(self.static, backbone, self.seed)
             records += [outcome.record for outcome in outcomes(static, backbone, bank, self.budgets)]
+        cli.write_json(self.json, records)
         print(report.table(records))
         for budget in self.budgets if self.plans else ():
             fewer = EncodingBank(backbone, queries.spread(1000))
@@ -87,7 +88,6 @@ class Audit(cli.Placement):
             for budget in self.budgets:
                 print(f"\nkept tokens against the patches that matter, at {budget:g}:")
                 print(markdown(relevance_table(planner, backbone, bank, queries, budget)))
-        cli.write_json(self.json, records)
 
 
 SIDE = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from backbones import Backbone, EncodingBank
 from backbones.errors import InputError
@@ -62,7 +62,8 @@ class ControllerRunConfig(Placement):
     out: Path = Path("runs/run")
     """Run folder to make."""
     resume: bool = False
-    """Continue the run in `out` from its last checkpoint, as if it had never stopped."""
+    """Continue the run in `out` from its last checkpoint, as if it had never stopped; with other `total-queries`, for
+    longer: the learning rate, and all that follows the progress, are then as if so many had been asked for at first."""
     init_from: Path | None = None
     """Start from the controller of this finished run (of any estimator) instead of a fresh one."""
     tune_backbone: Literal["off", "lora", "full"] = "off"
@@ -96,6 +97,8 @@ class ControllerRunConfig(Placement):
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
     """Group of runs there that this one belongs to."""
+
+    LENGTH: ClassVar = "total_queries"
 
     @property
     def answers(self) -> int:
@@ -237,9 +240,12 @@ class RunJournal:
         """Whether one is due; asking settles it, however many have been passed: a resumed run asks again."""
         due = queries >= self.next_validation
         if due:
-            every = self.config.validate_every
-            self.next_validation = (queries // every + 1) * every
+            self._validated(queries)
         return due
+
+    def _validated(self, queries: int) -> None:
+        every = self.config.validate_every
+        self.next_validation = (queries // every + 1) * every
 
     def due_checkpoint(self, queries: int) -> bool:
         """Whether one is due; asking settles it."""
@@ -261,8 +267,18 @@ class RunJournal:
         self.lines = state["lines"]
         self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
         self.folder.truncate_metrics(self.lines)
+        last = self.folder.metrics()[-1:]
+        if last and "validation" in last[0]:  # at the end of a run that now goes on for longer, none was due
+            self._validated(last[0]["queries"])
         timing = self.folder.timing()
         self.clock.go_on_from(timing[-1] if timing else {"seconds": 0.0})
+
+
+def nothing_left(folder: RunFolder) -> bool:
+    """Whether the run has its result and is not to go on, and says so."""
+    if folder.is_finished():
+        print(f"run folder: {folder.path} is done, {folder.done()} queries; more with --resume and --total-queries")
+    return folder.is_finished()
 
 
 def conclude(
@@ -289,16 +305,17 @@ def conclude(
     # without training, plans of the whole budget are full ones
     below = [budget for budget in config.test_budgets if budget < 1] or config.test_budgets
     records: list[Record] = []
+    left_out: list[str] = []
     for planner in [*untrained, planner_of(controller, backbone, name)]:
         budgets = below if planner in untrained else config.test_budgets
         found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed)
         records += [outcome.record for outcome in found]
-        for reason in gaps.values():
-            print(f"{planner.name} left out: {reason}")
-    folder.write_result(records)
+        left_out += [f"{planner.name} left out: {reason}" for reason in gaps.values()]
     report.plot_tradeoff(records, folder.path / "tradeoff.png")
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
-    print(report.tables(records))
+    folder.write_result(records)
+    # files first: nobody may be there any more to read what is printed
+    print(*left_out, report.tables(records), sep="\n")
     print(f"\n{throughput(folder.timing(), config.answers)}")
     print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")

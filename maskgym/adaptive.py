@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard, overload
 import torch
 from PIL import Image
 
-from backbones.atomic import write_atomically, write_json
+from backbones.atomic import write_json, write_text
 from backbones.backbone import Backbone
 from backbones.encoding import Query
 from backbones.errors import InputError, check_count, first_line
@@ -210,7 +210,7 @@ class AdaptiveVLM:
         }
         write_json(folder / DESCRIPTION, described)
         write_json(folder / RECORDS, self.records)
-        write_atomically(folder / "README.md", model_card(self.name, self.backbone, whole, self.records).encode())
+        write_text(folder / "README.md", model_card(self.name, self.backbone, whole, self.records))
 
     def push_to_hub(
         self, repo_id: str, with_backbone: bool | None = None, private: bool = False, token: str | None = None

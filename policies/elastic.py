@@ -199,7 +199,7 @@ class ElasticTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (written / UNLOGGED).write_text(json.dumps(self._metrics["train"]))
+            (written / UNLOGGED).write_text(json.dumps(self._metrics["train"]), encoding="utf-8")
             put_in_place(written, place)
             for old in checkpoints(self._folder)[:-KEPT]:
                 remove_at_once(old)

@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.atomic import temporary, write_atomically, write_json
+from backbones.atomic import temporary, write_json, write_text
 from backbones.plain_files import MALFORMED, read_json
 from envs import load_queries
 from envs.queries import DatasetQueries
@@ -93,9 +93,9 @@ class Experiment(cli.Placement):
                 bar.update()
         report = Report(self.name, self.out / self.name, cells, self.seeds, self.budgets, backbone, queries)
         report.write()
+        report.track(self.wandb, self.out.name)
         print(report.text())
         print(f"report: {self.out / self.name / 'report.html'}")
-        report.track(self.wandb, self.out.name)
 
     def _check(self) -> dict[str, Any]:
         """What the experiment is begun with.
@@ -146,7 +146,7 @@ class Experiment(cli.Placement):
             found = search(
                 backbone, self.data, "validation", min(self.tuning_queries, SEARCH_QUERIES), SearchSettings()
             )
-            write_atomically(file, found.json().encode())
+            write_text(file, found.json())
         return file
 
     def _chosen(self, arms: Sequence[Arm]) -> set[str]:
