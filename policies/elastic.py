@@ -219,8 +219,14 @@ class ElasticTrainer(SFTTrainer):
                 model.load_state_dict(stored.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With the rates of this schedule: those that the optimiser had may be of one for other steps."""
         with self._reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            schedule: Any = self.lr_scheduler
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = peak * share(schedule.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):

@@ -123,7 +123,7 @@ def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):
 
 
 def test_a_finished_run_goes_on_for_longer(monkeypatch, place, tmp_path, capsys):
-    """With no line twice and none missing; to the same end if it is killed on the way. If not for longer, it is done."""
+    """With no line twice and none missing; to the same end if it is killed on the way. As long as it is, it is done."""
     run, twin = tmp_path / "run", tmp_path / "twin"
     train(monkeypatch, place, run, "--total-queries", 8, "--test-queries", 4)
     first, before = lines(run), snapshot(run)
