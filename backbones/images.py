@@ -18,6 +18,18 @@ MOST_PIXELS = 89e6
 """Just below where Pillow begins to warn."""
 
 
+def in_rgb(image: Image.Image, called: str) -> Image.Image:
+    """A picture of somebody's, decoded by now and in RGB.
+
+    Raises:
+        InputError: one that is closed, or whose file is cut or gone.
+    """
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # decoders meet what they do not expect, and raise many kinds
+        raise InputError(f"{called} cannot be decoded ({error}); replace or remove it") from error
+
+
 def read_image(file: str | Path | IO[bytes], called: str, most_pixels: float = MOST_PIXELS) -> Image.Image:
     """An image in RGB.
 

@@ -87,7 +87,7 @@ class QueryEncoder:
     def _encode_images(self, images: Sequence[Image.Image], ids: Sequence[str] | None) -> list[EncodedImage]:
         try:
             batch = self.family.process(images, [self.prompt("")] * len(images))
-        except ValueError as error:  # an extreme aspect ratio, say
+        except (ValueError, OSError, SyntaxError) as error:  # an extreme aspect ratio, say, or a file that is cut
             if len(images) == 1:
                 raise InputError(
                     f"the processor refuses the image of {query_named(ids, 0)} ({error}); replace or remove it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import gymnasium
@@ -9,7 +11,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from backbones.errors import InputError
+from backbones.errors import InputError, as_python
 from envs.core import MaskingCore, Outcome, Slots
 
 
@@ -58,14 +60,18 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
         """
         if unknown:
             raise InputError(f"reset has no option {next(iter(unknown))!r}; it takes query and budget")
+        query, budget = as_python(query), as_python(budget)
         if query is not None:
-            if not isinstance(query, int | np.integer) or not 0 <= query < len(self.core.source):
+            if not isinstance(query, int) or not 0 <= query < len(self.core.source):
                 raise InputError(f"query number {query} does not exist; the source has {len(self.core.source)} queries")
             self._number = int(query)
         if budget is not None:
-            if not isinstance(budget, int | float | np.floating) or not 0 < budget <= 1:
-                raise InputError(f"budget {budget} is outside (0, 1]; a budget is a share of the full plan's LLM FLOPs")
-            self._budget = np.float32(budget)
+            if not isinstance(budget, Real | Decimal) or not 0 < budget <= 1:
+                raise InputError(f"budget {budget} is no share of the full plan's LLM FLOPs, in (0, 1]")
+            self._budget = np.float32(float(budget))
+
+    def render(self) -> None:
+        """Nothing: it has no render mode."""
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         outcome = self.core.step(np.array([self._number]), np.array([self._budget]), np.asarray(action)[None])
@@ -101,10 +107,15 @@ class MaskingVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        if options:
+            raise InputError(f"reset has no option {next(iter(options))!r} in several environments; use MaskingEnv")
         if seed is not None or not self.slots.generators:
             self.slots.seed(seed)
         self.slots.draw()
         return self.slots.observe(), {}
+
+    def render(self) -> None:
+        """Nothing: it has no render mode."""
 
     def step(
         self, actions: np.ndarray

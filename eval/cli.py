@@ -92,11 +92,15 @@ def _open_streams() -> None:
 
 
 def _end(line: str | None, status: int) -> NoReturn:
-    with contextlib.suppress(OSError):
+    try:
         for bar in list(tqdm._instances):  # type: ignore[attr-defined]  # the line would stand behind an unfinished one
             bar.close()
         if line is not None:
-            print(line, file=sys.stderr)
+            print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        status = UNREAD
+    except OSError:  # a full disk, say: the status alone tells
+        pass
     for stream in (sys.stdout, sys.stderr):
         _let_go(stream)
     raise SystemExit(status) from None

@@ -374,11 +374,14 @@ def make_folder(path: Path) -> None:
     """A folder, with those above it, if there is none.
 
     Raises:
-        InputError: a place where it cannot be.
+        InputError: a place where it cannot be, or whose name safetensors would not find again.
     """
     check_place(path)
     try:
+        os.fsencode(path.absolute()).decode()
         path.mkdir(parents=True, exist_ok=True)
+    except UnicodeError as error:
+        raise InputError(f"output {str(path)!r} cannot be made (no UTF-8); choose another place") from error
     except OSError as error:
         raise cannot_write(path, error) from error
 

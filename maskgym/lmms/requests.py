@@ -14,6 +14,7 @@ from PIL import Image
 
 from backbones.encoding import Query
 from backbones.errors import InputError
+from backbones.images import in_rgb
 from envs.side_by_side import side_by_side
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -131,7 +132,7 @@ class Request:
                 f"request {self.name!r} has {len(given)} images; one is supported, and two side by side: leave the "
                 "task out"
             )
-        pictures = [one.convert("RGB") for one in given]
+        pictures = [in_rgb(one, f"an image of request {self.name!r}") for one in given]
         return Query(self.name, pictures[0] if len(pictures) == 1 else side_by_side(*pictures), self.context)
 
     def cut(self, answer: str) -> str:
