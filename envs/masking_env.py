@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from numbers import Real
 from typing import Any
 
 import gymnasium
@@ -66,7 +65,7 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
                 raise InputError(f"query number {query} does not exist; the source has {len(self.core.source)} queries")
             self._number = int(query)
         if budget is not None:
-            if not isinstance(budget, Real | Decimal) or not 0 < budget <= 1:
+            if not isinstance(budget, int | float | Decimal) or not 0 < budget <= 1:
                 raise InputError(f"budget {budget} is no share of the full plan's LLM FLOPs, in (0, 1]")
             self._budget = np.float32(float(budget))
 

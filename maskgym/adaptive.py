@@ -182,11 +182,11 @@ class AdaptiveVLM:
         """
         if text is None:
             images, text = _unpack(images)
-        text = list(text) if _are_several(text) else [text]
-        replies = self.generate(images, text, **options)
+        texts: list[Any] = list(text) if _are_several(text) else [text]
+        replies = self.generate(images, texts, **options)
         return [
             {"input_text": asked, "generated_text": reply.text, **reply.figures()}
-            for asked, reply in zip(text, replies, strict=True)
+            for asked, reply in zip(texts, replies, strict=True)
         ]
 
     def save_pretrained(self, folder: str | Path, with_backbone: bool | None = None) -> None:
@@ -281,7 +281,7 @@ def _are_several(given: Any) -> TypeGuard[Iterable[Any]]:
     return isinstance(given, Iterable) and not isinstance(given, str | bytes | Set)
 
 
-def _are_pictures(given: Any) -> bool:
+def _are_pictures(given: Any) -> TypeGuard[Iterable[Any]]:
     """Whether something is several pictures. An array is one, if any, and so is an open file."""
     return isinstance(given, Sequence | Iterator) and _are_several(given) and not hasattr(given, "read")
 
