@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin while cores are busy cost tenfold
 
@@ -102,7 +102,10 @@ class BackboneConfig(Answering):
     deterministic: bool = False
     """Use only operations that give equal bits each time, and end with an error where there is none."""
     resume: bool = False
-    """Continue the run in `out` from its last checkpoint."""
+    """Continue the run in `out` from its last checkpoint; with other `steps`, for longer: the learning rate, and when
+    random plans join, are then as if so many had been asked for at first."""
+
+    LENGTH: ClassVar = "steps"
 
 
 def check(config: BackboneConfig) -> None:
@@ -303,6 +306,8 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
         folder.truncate_metrics(0)
     elif first:
         folder.drop_metrics_after(step_of(checkpoint))
+    if first:
+        folder.change_length()
     if checkpoint is None and config.backbone == "scratch" and config.vision_steps:
         began = time.time()
         loss = prepare_vision(config, backbone, train, drawn)

@@ -23,7 +23,7 @@ from envs import load_queries
 from envs.core import draw_budgets
 from envs.scoring import reference
 from eval import cli
-from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
 from eval.determinism import deterministic
 from eval.report import markdown
 from eval.runs import RunFolder
@@ -317,7 +317,8 @@ def main() -> None:
     config = cli.parse(GumbelConfig)
     config.check()
     with RunFolder.begun(config.out, config, config.resume) as folder, deterministic(config.deterministic):
-        run(config, folder, began)
+        if not nothing_left(config, folder):
+            run(config, folder, began)
 
 
 def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
@@ -333,6 +334,7 @@ def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
     if config.resume:
         trainer.restore()
+        folder.change_length()
     trainer.journal.say_cuts()
     trainer.train()
     trainer.left_out.say()

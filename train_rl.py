@@ -26,7 +26,7 @@ from envs import MaskingCore, MaskingVecEnv
 from envs.ray_core import RayCore
 from envs.sb3_env import info_columns
 from eval import cli
-from eval.controller_runs import ControllerRunConfig, RunJournal, conclude
+from eval.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
 from eval.determinism import deterministic
 from eval.runs import RunFolder
 from eval.settling import Settled
@@ -311,6 +311,7 @@ def train(
         callback = RunCallback(config, journal, venv, signals)
         if config.resume:
             callback.restore(model)
+            folder.change_length()
         journal.say_cuts(venv.core.source)
         remaining = config.total_queries * config.plans_per_query - model.num_timesteps
         if remaining > 0:
@@ -334,6 +335,8 @@ def main() -> None:
     config = cli.parse(RLConfig)
     config.check()
     with RunFolder.begun(config.out, config, config.resume) as folder, deterministic(config.deterministic):
+        if nothing_left(config, folder):
+            return
         tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
         controller, backbone, tuning = train(config, folder, tracker)
         conclude(config, folder, tracker, controller, backbone, "rl", began, tuning)

@@ -49,13 +49,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; what is no character (the odd bytes of a file's name) is escaped.
+
+    Raises:
+        InputError: a place where it cannot be written.
+    """
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, for people to read, too.
 
     Raises:
         InputError: a place where it cannot be written.
     """
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def cannot_write(path: Path, error: OSError | SafetensorError) -> InputError:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 
 class InputError(ValueError):
@@ -48,6 +49,11 @@ def queries_named(ids: Sequence[str]) -> str:
     """The first of some query ids, for a message."""
     shown = ", ".join(ids[:3])
     return f"queries {shown}{', …' if len(ids) > 3 else ''}" if ids else "no query ids known"
+
+
+def as_python(value: Any) -> Any:
+    """A number of NumPy's or torch's as Python has it, an array of them as lists; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_count(name: str, value: object) -> None:

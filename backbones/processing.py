@@ -40,5 +40,5 @@ def load_processor(where: str | Path) -> Any:
         return ImageTextProcessor(
             AutoImageProcessor.from_pretrained(where, trust_remote_code=False),
             AutoTokenizer.from_pretrained(where, trust_remote_code=False),
-            template.read_text() if template.is_file() else None,
+            template.read_text(encoding="utf-8") if template.is_file() else None,
         )

@@ -5,7 +5,7 @@ Shape legend: B slots of the environment, N visual tokens, T text tokens, D hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank, QuerySource
-from backbones.errors import InputError, check_count
+from backbones.errors import InputError, as_python, check_count, printable
 from backbones.finite import check_finite
 from backbones.latency_model import LatencyModel
 from backbones.left_out import MAX_FAILED, LeftOut
@@ -85,15 +85,13 @@ class MaskingCore:
         reward_seconds: float = 0,
         max_failed: float = MAX_FAILED,
     ):
-        if not _are_bounds(budgets):
-            raise InputError(f"budgets are {budgets!r}; give a lower and an upper bound with 0 < lower <= upper <= 1")
+        self.budgets = _bounds(budgets)
         if observation not in OBSERVATIONS:
             raise InputError(f"observation is {observation!r}; it must be one of {', '.join(OBSERVATIONS)}")
         self.reward = WeightedReward(reward, reward_seconds)
         self.backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         self.source = load_queries(data, split) if isinstance(data, str) else data
         self.bank = EncodingBank(self.backbone, self.source)
-        self.budgets = (float(budgets[0]), float(budgets[1]))
         self.observation = observation
         self.controller_flops = controller_flops
         self.max_new_tokens = answer_cut(self.backbone, self.source, max_new_tokens)
@@ -256,12 +254,20 @@ def _check_observable(encoding: Encoding) -> None:
         )
 
 
-def _are_bounds(budgets: Any) -> bool:
+def _bounds(budgets: Any) -> tuple[float, float]:
+    """Two budgets as floats; arrays, tensors and generators of two are taken, too.
+
+    Raises:
+        InputError: something else, or a pair out of order or outside (0, 1].
+    """
     try:
-        low, high = budgets
-        return bool(0 < low <= high <= 1)
-    except (TypeError, ValueError):  # no pair, or no numbers
-        return False
+        low, high = map(as_python, () if isinstance(budgets, Set | Mapping) else budgets)
+        if 0 < low <= high <= 1:
+            return float(low), float(high)
+    except (TypeError, ValueError, RuntimeError):  # no pair, or no numbers
+        pass
+    shown = printable(f"{budgets!r:.80}")
+    raise InputError(f"budgets are {shown}; give a lower and an upper bound with 0 < lower <= upper <= 1")
 
 
 def draw_budgets(rng: Any, bounds: Sequence[float], count: int | None = None) -> Any:

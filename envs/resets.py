@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import gymnasium
-import numpy as np
 
-from backbones.errors import InputError
+from backbones.errors import InputError, as_python
 
 NAMES = ("query", "budget")
 
@@ -34,9 +34,9 @@ def fixed(options: Any, queries: int) -> tuple[int | None, float | None]:
     query, budget = (_number(value) for value in _checked(options).values())
     if query is not None and (type(query) is not int or not 0 <= query < queries):
         raise InputError(f"query number {query} does not exist; the source has {queries} queries")
-    if budget is not None and (type(budget) not in (int, float) or not 0 < budget <= 1):
+    if budget is not None and (type(budget) not in (int, float, Decimal) or not 0 < budget <= 1):
         raise InputError(f"budget {budget} is outside (0, 1]; a budget is a share of the full plan's LLM FLOPs")
-    return query, budget
+    return query, None if budget is None else float(budget)
 
 
 def per_slot(options: Any, count: int) -> list[dict[str, Any]]:
@@ -55,7 +55,8 @@ def one_each(what: str, value: Any, count: int) -> list[Any]:
     Raises:
         InputError: a sequence of another length.
     """
-    if not isinstance(value, list | tuple | np.ndarray) or (isinstance(value, np.ndarray) and value.ndim == 0):
+    value = as_python(value)
+    if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
         raise InputError(f"{what} has {len(value)} values for {count} slots; give one, or one for each slot")
@@ -74,5 +75,6 @@ def _checked(options: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """A Python number in place of NumPy's, or of an array of one."""
-    return value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+    """A Python number in place of NumPy's or torch's, or of an array of one."""
+    value = as_python(value)
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -103,12 +103,12 @@ class Run(cli.Placement, Answering):
             records += own
         if not records:
             raise cli.InputError(next(iter(left_out.values())))
-        for planned, reason in left_out.items():
-            print(f"{planned} is left out: {reason}", file=sys.stderr)
-        print(report.tables(records))
         cli.write_json(self.json, records)
         if self.plot is not None:
             report.plot_tradeoff(records, self.plot)
+        for planned, reason in left_out.items():
+            print(f"{planned} is left out: {reason}", file=sys.stderr)
+        print(report.tables(records))
 
     def _check(self) -> None:
         if not self.policies:
@@ -173,11 +173,12 @@ class Latency(cli.Placement):
             for budget in self.budgets if planner.budgeted else (1.0,):
                 latency = measure(backbone, planner, batches, budget, repeats=self.repeats)
                 rows.append((planner.name, budget, latency))
+        model = None if self.out is None else calibrate(backbone, queries, progress=True)
+        if model is not None and self.out is not None:
+            model.save(self.out)
         print(f"{backbone.name} on {device_name(backbone.device)}, {len(queries)} queries, {self.batch_size} a batch")
         print(latency_table(rows))
-        if self.out is not None:
-            model = calibrate(backbone, queries, progress=True)
-            model.save(self.out)
+        if model is not None:
             print(f"latency model {self.out}: off by {model.error:.1%} (median) on plans held out of the fit")
 
     def _check(self) -> None:
@@ -230,11 +231,11 @@ class Elasticity(cli.Placement, Answering):
         records = elasticity.accuracy_by_axis(backbone, bank, seed=self.seed, max_new_tokens=cut)
         fewer = EncodingBank(backbone, test.spread(self.oracle_queries))
         room = elasticity.room_for_choice(backbone, fewer, plans=self.plans, seed=self.seed, max_new_tokens=cut)
+        cli.write_json(self.json, [{"kinds": kinds, "question_only": question_only, "room": room, "records": records}])
         print(f"{elasticity.kinds_table(kinds)}\n\nwithout the image: {question_only:.1%}\n")
         print(f"{elasticity.axes_table(records)}\n")
         print(f"{self.plans} random plans at 50 % of the LLM FLOPs, {len(fewer)} queries:")
         print(", ".join(f"{name} {accuracy:.1%}" for name, accuracy in room.items()))
-        cli.write_json(self.json, [{"kinds": kinds, "question_only": question_only, "room": room, "records": records}])
 
 
 @dataclass
@@ -289,8 +290,8 @@ class Bench(cli.Placement):
         if not self.parts:
             raise cli.InputError("--parts is empty; name what to measure: env, engine, data")
         entries = bench(self.load(self.backbone), self.data, self.parts, self.shape)
-        print(bench_table(entries))
         cli.write_json(self.json, entries)
+        print(bench_table(entries))
 
 
 Command = (

@@ -82,6 +82,7 @@ class Audit(cli.Placement, Answering):
         if self.static is not None:
             static = load_planner(self.static, backbone, self.seed)
             records += evaluate(static, backbone, bank, self.budgets, max_new_tokens=cut)
+        cli.write_json(self.json, records)
         print(report.table(records))
         for budget in self.budgets if self.plans else ():
             fewer = EncodingBank(backbone, queries.spread(1000))
@@ -92,7 +93,6 @@ class Audit(cli.Placement, Answering):
             for budget in self.budgets:
                 print(f"\nkept tokens against the patches that matter, at {budget:g}:")
                 print(markdown(relevance_table(planner, backbone, bank, queries, budget)))
-        cli.write_json(self.json, records)
 
 
 SIDE = 8

@@ -43,7 +43,7 @@ def write_vqav2(root: Path, queries: int) -> None:
 
 
 def _write(file: Path, member: str, entries: Iterator[dict[str, Any]]) -> None:
-    with file.open("w") as text:
+    with file.open("w", encoding="utf-8") as text:
         text.write(f'{{"info": {{}}, "{member}": [')
         for number, entry in enumerate(entries):
             text.write(("," if number else "") + json.dumps(entry))
@@ -83,7 +83,7 @@ def private_mb() -> float:
     """Memory that is the process's own, without files that are mapped; where it cannot be told, the peak of both."""
     status = Path("/proc/self/status")
     if status.is_file():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

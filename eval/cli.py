@@ -7,12 +7,14 @@ import dataclasses
 import errno
 import io
 import math
+import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
 import torch
 import tyro
@@ -28,12 +30,14 @@ from eval.stopping import Stopped, StopSignals
 
 ConfigT = TypeVar("ConfigT")
 
-FRAME, RULE = str.maketrans(dict.fromkeys("│╭╮╰╯", " ")), re.compile("[─-]{10,}")
-"""What tyro draws around messages, and between their paragraphs."""
-
+FRAME, RULE, COLOUR = str.maketrans(dict.fromkeys("│╭╮╰╯", " ")), re.compile("[─-]{10,}"), re.compile("\x1b\\[[0-9;]*m")
+"""What tyro draws around messages, between their paragraphs, and into them where there is a terminal."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What writing to a full disk, or beyond a quota, gives, wherever it is."""
+
+UNREAD = 128 + signal.SIGPIPE
+"""What shells report of a process whose output nobody reads on."""
 
 RESUME = "go on with the same command and --resume"
 """How a training that was stopped continues."""
@@ -55,10 +59,17 @@ class Placement:
 
 def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
     """Run a command. Bad input and a full disk end it with status 2 and one line on standard error, SIGINT and SIGTERM
-    with the statuses 130 and 143 and one line that says how to ``go_on``."""
+    with the statuses 130 and 143 and one line that says how to ``go_on``; output that nobody reads any more, as with
+    ``| head``, ends it with the status 141 and no word."""
+    _open_streams()
     with StopSignals():
         try:
-            main()
+            try:
+                main()
+            finally:
+                sys.stdout.flush()  # here, not as the interpreter ends, where nobody can be told
+        except BrokenPipeError:
+            _end(None, UNREAD)
         except InputError as error:
             _end(f"error: {printable(str(error))}", 2)
         except OSError as error:
@@ -69,11 +80,38 @@ def run(main: Callable[[], None], go_on: str = "begin anew") -> None:
             _end(f"{stopped}; {go_on}", stopped.status)
 
 
-def _end(line: str, status: int) -> NoReturn:
-    for bar in list(tqdm._instances):  # type: ignore[attr-defined]  # the line would stand behind an unfinished one
-        bar.close()
-    print(line, file=sys.stderr)
+def _open_streams() -> None:
+    """Have standard output and error take whatever is written: nowhere, where they are closed, and what their encoding
+    has no characters for escaped, in the one as Python does it in the other."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end(line: str | None, status: int) -> NoReturn:
+    try:
+        for bar in list(tqdm._instances):  # type: ignore[attr-defined]  # the line would stand behind an unfinished one
+            bar.close()
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        status = UNREAD
+    except OSError:  # a full disk, say: the status alone tells
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        _let_go(stream)
     raise SystemExit(status) from None
+
+
+def _let_go(stream: TextIO) -> None:
+    """Flush a stream; what cannot be written is dropped, or the interpreter would complain of it as it ends."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(config: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:
@@ -132,6 +170,7 @@ def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any
             that NumPy does not take.
     """
     said = io.StringIO()
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
     try:
         with contextlib.redirect_stderr(said):
             options = tyro.cli(config, args=arguments, **how)
@@ -146,7 +185,7 @@ def read_options(config: Any, arguments: Sequence[str] | None = None, **how: Any
 
 def _first_paragraph(framed: str) -> str:
     """What is wrong, without the title and the frame around it and the advice below it."""
-    _, told, *_ = RULE.split(" ".join(framed.translate(FRAME).split()))
+    _, told, *_ = RULE.split(" ".join(COLOUR.sub("", framed).translate(FRAME).split()))
     return told.partition("Got errors:")[0].strip(" .")
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from backbones import Backbone, EncodingBank
 from backbones.encoding import QuerySource
@@ -68,7 +68,8 @@ class ControllerRunConfig(Placement, Answering):
     out: Path = Path("runs/run")
     """Run folder to make."""
     resume: bool = False
-    """Continue the run in `out` from its last checkpoint, as if it had never stopped."""
+    """Continue the run in `out` from its last checkpoint, as if it had never stopped; with other `total-queries`, for
+    longer: the learning rate, and all that follows the progress, are then as if so many had been asked for at first."""
     init_from: Path | None = None
     """Start from the controller of this finished run (of any estimator) instead of a fresh one."""
     tune_backbone: Literal["off", "lora", "full"] = "off"
@@ -108,6 +109,8 @@ class ControllerRunConfig(Placement, Answering):
     """Also track the run in this Weights & Biases project; without a key, offline."""
     group: str | None = None
     """Group of runs there that this one belongs to."""
+
+    LENGTH: ClassVar = "total_queries"
 
     @property
     def answers(self) -> int:
@@ -264,9 +267,12 @@ class RunJournal:
         """Whether one is due; asking settles it, however many have been passed: a resumed run asks again."""
         due = queries >= self.next_validation
         if due:
-            every = self.config.validate_every
-            self.next_validation = (queries // every + 1) * every
+            self._validated(queries)
         return due
+
+    def _validated(self, queries: int) -> None:
+        every = self.config.validate_every
+        self.next_validation = (queries // every + 1) * every
 
     def due_checkpoint(self, queries: int) -> bool:
         """Whether one is due; asking settles it."""
@@ -297,8 +303,13 @@ class RunJournal:
         self.lines, self.validated = state["lines"], state.get("validated")
         if "settling" in state:  # not in checkpoints of earlier versions
             self.settling.load_state(state["settling"])
+        if self.folder.other_length is not None:
+            self.settling.stale = 0  # who asks for a longer run wants it to go on
         self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
         self.folder.truncate_metrics(self.lines)
+        last = self.folder.metrics()[-1:]
+        if last and "validation" in last[0]:  # at the end of a run that now goes on for longer, none was due
+            self._validated(last[0]["queries"])
         timing = self.folder.timing()
         self.clock.go_on_from(timing[-1] if timing else {"seconds": 0.0})
 
@@ -306,6 +317,16 @@ class RunJournal:
 def test_queries(config: ControllerRunConfig) -> DatasetQueries:
     """What the final table is measured on."""
     return load_queries(config.data, "test").spread(config.test_queries)
+
+
+def nothing_left(config: ControllerRunConfig, folder: RunFolder) -> bool:
+    """Whether the run has its result and is not to go on, and says so."""
+    settled = folder.done() < config.total_queries
+    if not folder.is_finished() or (settled and not config.patience):
+        return False
+    more = "--patience 0" if settled else "--total-queries"
+    print(f"run folder: {folder.path} is done, {folder.done()} queries; more with --resume and {more}")
+    return True
 
 
 def conclude(
@@ -332,17 +353,18 @@ def conclude(
     # without training, plans of the whole budget are full ones
     below = [budget for budget in config.test_budgets if budget < 1] or config.test_budgets
     records: list[Record] = []
+    left_out: list[str] = []
     for planner in [*untrained, planner_of(controller, backbone, name)]:
         budgets = below if planner in untrained else config.test_budgets
         cut = config.max_new_tokens
         found, gaps = outcomes_met(planner, backbone, bank, budgets, config.seed, max_new_tokens=cut)
         records += [outcome.record for outcome in found]
-        for reason in gaps.values():
-            print(f"{planner.name} left out: {reason}")
-    folder.write_result(records)
+        left_out += [f"{planner.name} left out: {reason}" for reason in gaps.values()]
     report.plot_tradeoff(records, folder.path / "tradeoff.png")
     report.plot_training(folder.metrics(), folder.path / "training.png")
     tracker.finish({"tradeoff": folder.path / "tradeoff.png", "training": folder.path / "training.png"})
-    print(report.tables(records))
+    folder.write_result(records)
+    # files first: nobody may be there any more to read what is printed
+    print(*left_out, report.tables(records), sep="\n")
     print(f"\n{throughput(folder.timing(), config.answers)}")
     print(f"run folder: {folder.path}  (plots: tradeoff.png, training.png; {time.time() - began:.0f} s)")

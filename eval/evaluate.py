@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding, EncodingBank
-from backbones.errors import InputError
+from backbones.errors import InputError, as_python
 from backbones.masks import Masks
 from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
@@ -33,15 +34,16 @@ Columns = dict[str, np.ndarray]
 
 
 def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
-    """The budgets, if each is in (0, 1].
+    """The budgets, if each is in (0, 1]; numbers of NumPy's and torch's are taken, too.
 
     Raises:
         InputError: none given, one that is no number, or one outside.
     """
-    if not len(budgets):
+    budgets = [as_python(each) for each in budgets]
+    if not budgets:
         raise InputError("no budget given; give shares of the full plan's FLOPs in (0, 1], such as 0.5")
     for budget in budgets:
-        if not isinstance(budget, Real):
+        if not isinstance(budget, Real | Decimal) or isinstance(budget, bool):
             raise InputError(f"budget {budget!r} is no number; a budget is a share of the full plan's LLM FLOPs")
         if not 0 < budget <= 1:
             raise InputError(f"budget {budget:g} is outside (0, 1]; a budget is a share of the full plan's LLM FLOPs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from backbones.atomic import write_atomically
+from backbones.errors import printable
 
 Record = dict[str, Any]
 
@@ -82,13 +84,19 @@ def _official(name: str, score: float) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as an aligned Markdown table, the first row its head."""
+    """Cells as an aligned Markdown table, the first row its head; a cell stays in its place, whatever it says."""
+    rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def drawn(text: str) -> str:
+    """Somebody's text as matplotlib draws it: no formula, no character that is none, and not too long for a picture."""
+    return textwrap.shorten(printable(text), 80, placeholder=" …").replace("$", r"\$")
 
 
 def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
@@ -102,12 +110,12 @@ def plot_tradeoff(records: Sequence[Record], path: Path) -> None:
         bars = 100 * np.array([errors(record) for record in own]).T
         if len(own) == 1:
             axes.axhline(y[0], color="0.5", linestyle="--", linewidth=1, zorder=0)
-            axes.errorbar(x, y, bars, marker="*", markersize=12, capsize=3, label=policy, color="0.2", zorder=5)
+            axes.errorbar(x, y, bars, marker="*", markersize=12, capsize=3, label=drawn(policy), color="0.2", zorder=5)
         else:
-            axes.errorbar(x, y, bars, marker="o", capsize=3, label=policy)
+            axes.errorbar(x, y, bars, marker="o", capsize=3, label=drawn(policy))
     first = records[0]
     axes.set(xlabel="LLM FLOPs spent (% of the full plan, controller included)", ylabel="accuracy (%)")
-    axes.set_title(f"{first['backbone']} on {first['data']} ({first['split']}, n = {first['n']:,})")
+    axes.set_title(drawn(f"{first['backbone']} on {first['data']} ({first['split']}, n = {first['n']:,})"))
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)

@@ -19,13 +19,14 @@ from typing import Any
 
 import yaml
 
-from backbones.atomic import cannot_write, temporary, write_atomically, write_json
+from backbones.atomic import cannot_write, temporary, write_atomically, write_json, write_text
 from backbones.errors import InputError
 from backbones.plain_files import check_inside, check_regular, is_number, parse_json, read_config
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 
 CONFIG, COMMAND, METRICS, TIMING = "config.yaml", "command.txt", "metrics.jsonl", "timing.jsonl"
+RESULT = "result.json"
 
 LINE_NUMBERS = ("queries", "step", "reward", "seconds", "update_seconds", "peak_memory_mb")
 """Fields of lines that are numbers, where they are there."""
@@ -33,10 +34,10 @@ LINE_NUMBERS = ("queries", "step", "reward", "seconds", "update_seconds", "peak_
 TIMED = ("queries", "seconds", "peak_memory_mb")
 """Fields of every line of timing."""
 
-NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds", "patience")
+NOT_OF_RUN = ("out", "resume", "wandb", "group", "device", "workers", "reward_seconds")
 """Options that say where and how to run, not what the run is; they may differ when it is resumed."""
 
-MAY_CHANGE = ("max_failed",)
+MAY_CHANGE = ("max_failed", "patience")
 """Options of a run that another value may be given for when it is resumed."""
 
 
@@ -45,19 +46,25 @@ class RunFolder:
 
     Args:
         path: the folder.
+
+    Attributes:
+        other_length: the option that says how long the run goes on, and its new value, where it is taken up for longer
+            (or for less) than it was begun for.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self.other_length: tuple[str, int] | None = None
 
     @classmethod
     def create(cls, path: Path | str, config: Any, resume: bool = False) -> RunFolder:
-        """Make the folder, or take up an earlier run's.
+        """Make the folder, or take up an earlier run's. The option that ``config.LENGTH`` names, if it has that, may be
+        another then; ``change_length`` writes it down.
 
         Raises:
             InputError: the path is taken by something else, by a finished or unfinished run without ``resume``,
-                by a run of another config, or by one that is going on; it has links out of it, or what is no file; or
-                nothing can be written there.
+                by a run of another config or one that has gone further, or by one that is going on; it has links out of
+                it, or what is no file; or nothing can be written there.
         """
         check_place(Path(path))
         folder = cls(path)
@@ -70,16 +77,10 @@ class RunFolder:
             if not resume:
                 raise InputError(f"output {str(path)!r} holds a run already; add --resume, or choose another --out")
             folder._check_entries()
-            begun = {name: value for name, value in folder.config().items() if name not in MAY_CHANGE}
-            changed = [key for key, value in begun.items() if fields.get(key, value) != value]
-            if changed:
-                raise InputError(
-                    f"output {str(path)!r} was begun with {changed[0]}={folder.config()[changed[0]]!r}, now "
-                    f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
-                )
+            folder._take_up(fields, getattr(config, "LENGTH", None))
         else:
             make_folder(folder.path)
-            write_atomically(folder.path / CONFIG, yaml.safe_dump(fields, sort_keys=False).encode())
+            folder._write_config(fields)
         folder._say_how()
         folder._hold()
         return folder
@@ -106,6 +107,59 @@ class RunFolder:
                     for place in missing:
                         place.rmdir()
             raise
+
+    def _take_up(self, fields: dict[str, Any], length: str | None) -> None:
+        """Hold the options of a run against those that it was begun with.
+
+        Raises:
+            InputError: others, but for the ``length``; or one that the run is beyond.
+        """
+        begun = self.config()
+        may_change = (*MAY_CHANGE, length)
+        changed = [key for key, value in begun.items() if fields.get(key, value) != value and key not in may_change]
+        if changed:
+            raise InputError(
+                f"output {str(self.path)!r} was begun with {changed[0]}={begun[changed[0]]!r}, now "
+                f"{fields[changed[0]]!r}; resume with the same options, or choose another --out"
+            )
+        if length is None or begun.get(length, fields[length]) == fields[length]:
+            return
+        if fields[length] < self.done():
+            raise InputError(
+                f"--{length.replace('_', '-')} is {fields[length]}, but {self.done()} are done in {str(self.path)!r}; "
+                "give at least so many, or choose another --out"
+            )
+        self.other_length = length, fields[length]
+
+    def done(self) -> int:
+        """How many queries, or steps, the newest checkpoint comes after."""
+        numbers = [path.name.rpartition("-")[2] for path in self.checkpoints.glob("*-*")]
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+    def change_length(self) -> None:
+        """Write down, and say, that the run goes on for longer (or for less) than it was begun for, if it does. What it
+        came to before is not its result any more.
+
+        Raises:
+            InputError: nothing can be written there.
+        """
+        if self.other_length is None:
+            return
+        (name, number), begun = self.other_length, self.config()
+        what = name.removeprefix("total_")
+        change = f"{number} {what} in place of {begun.get(name)}, from {self.done()} on"
+        try:
+            os.write(self._held, os.fsencode(f"{command_line()}  # {change}\n"))
+            (self.path / RESULT).unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self._write_config({**begun, name: number})
+        self.other_length = None
+        print(f"{change}; the learning rate goes on as if {number} had been asked for at first")
+
+    def is_finished(self) -> bool:
+        """Whether the run has come to its result, and is not to go on."""
+        return os.path.isfile(self.path / RESULT) and self.other_length is None
 
     def _is_begun(self) -> bool:
         """Whether anything is there, but for what a run leaves that was killed before it had written its config."""
@@ -145,11 +199,14 @@ class RunFolder:
             raise InputError(f"{str(file)!r} cannot be read ({error}); restore or remove it") from error
         return file
 
+    def _write_config(self, fields: dict[str, Any]) -> None:
+        write_text(self.path / CONFIG, yaml.safe_dump(fields, sort_keys=False))
+
     def _say_how(self) -> None:
         """Write down command and environment, unless an earlier attempt has."""
         command, versions = self.path / COMMAND, self.path / "environment.json"
         if not command.exists():
-            write_atomically(command, (command_line() + "\n").encode())
+            write_atomically(command, os.fsencode(command_line() + "\n"))
         if not versions.exists():
             write_json(versions, environment())
 
@@ -159,15 +216,15 @@ class RunFolder:
         Raises:
             InputError: another process has it.
         """
-        held = os.open(self.path / COMMAND, os.O_RDWR)  # left open, for closing it would unlock
-        try:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(
-                f"output {str(self.path)!r} is in use by another process; let it end, or choose another --out"
-            ) from error
-        except OSError:  # a file system without locks
-            os.close(held)
+        # left open, for closing it would unlock
+        self._held = os.open(self.path / COMMAND, os.O_RDWR | os.O_APPEND)
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise InputError(
+                    f"output {str(self.path)!r} is in use by another process; let it end, or choose another --out"
+                ) from error
 
     def is_run(self) -> bool:
         return os.path.isfile(self.path / CONFIG)
@@ -249,7 +306,7 @@ class RunFolder:
             InputError: it cannot be written.
         """
         try:
-            with (self.path / name).open("a") as file:
+            with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # checkpoints count the lines before them
@@ -266,10 +323,10 @@ class RunFolder:
         return [_parsed(line, f"{str(file)!r}, line {number}", needed) for number, line in enumerate(lines, 1)]
 
     def _rewrite(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write_result(self, records: Sequence[dict[str, Any]]) -> None:
-        write_json(self.path / "result.json", list(records))
+        write_json(self.path / RESULT, list(records))
 
 
 def _parsed(line: bytes, where: str, needed: Sequence[str]) -> dict[str, Any]:
@@ -321,11 +378,14 @@ def make_folder(path: Path) -> None:
     """A folder, with those above it, if there is none.
 
     Raises:
-        InputError: a place where it cannot be.
+        InputError: a place where it cannot be, or whose name safetensors would not find again.
     """
     check_place(path)
     try:
+        os.fsencode(path.absolute()).decode()
         path.mkdir(parents=True, exist_ok=True)
+    except UnicodeError as error:
+        raise InputError(f"output {str(path)!r} cannot be made (no UTF-8); choose another place") from error
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -352,11 +412,11 @@ def _revision() -> str:
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return done.stdout.decode(errors="replace").strip() or "unknown"
 
 
 def _plain(value: Any) -> Any:

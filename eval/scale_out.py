@@ -86,10 +86,6 @@ class ScaleOut(cli.Placement, Answering):
             self.max_new_tokens,
         )
         middle, late = np.quantile(worker_seconds, [0.5, 0.95])
-        print(
-            f"{self.rows} plans: a worker takes {1e3 * middle:.0f} ms (median; 95 %: {1e3 * late:.0f} ms), the learner "
-            f"{1e3 * learner_seconds:.0f} ms"
-        )
         found = [
             simulate(
                 worker_seconds * self.slower,
@@ -102,8 +98,12 @@ class ScaleOut(cli.Placement, Answering):
             )
             for workers in sorted(set(self.workers))
         ]
-        print(scaling_table(found))
         cli.write_json(self.json, [asdict(each) for each in found])
+        print(
+            f"{self.rows} plans: a worker takes {1e3 * middle:.0f} ms (median; 95 %: {1e3 * late:.0f} ms), the learner "
+            f"{1e3 * learner_seconds:.0f} ms"
+        )
+        print(scaling_table(found))
 
 
 @dataclass(frozen=True)

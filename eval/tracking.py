@@ -61,7 +61,7 @@ class Tracker:
             name: wandb.Table(columns=list(head), data=[list(row) for row in rows])
             for name, (head, *rows) in tables.items()
         }
-        self.run.log({**sent, page.stem: wandb.Html(page.read_text(), inject=False)})
+        self.run.log({**sent, page.stem: wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
         self.run.summary.update(dict(figures))
 
     def finish(self, images: dict[str, Path]) -> None:

@@ -69,12 +69,12 @@ class Tune(cli.Placement, Answering):
         records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed, cut)
         if not any(records.values()):
             raise cli.InputError(next(iter(left_out.values())))
+        best = best_settings(records)
+        cli.write_json(self.json, [{"best": best, "records": records}])
         for policy, reason in left_out.items():
             print(f"{policy} is left out: {reason}")
         print(report.table([record for own in records.values() for record in own]))
-        best = best_settings(records)
         print(f"best: {shlex.join(['python', '-m', 'eval', 'run', *best.values(), '--data', self.data])}")
-        cli.write_json(self.json, [{"best": best, "records": records}])
 
 
 def evaluate_settings(

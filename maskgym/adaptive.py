@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, overload
 
 import torch
 from PIL import Image
 
-from backbones.atomic import write_atomically, write_json
+from backbones.atomic import write_json, write_text
 from backbones.backbone import Backbone
 from backbones.encoding import Query
-from backbones.errors import InputError, check_count, first_line
+from backbones.errors import InputError, as_python, check_count, first_line
 from backbones.images import read_image, shown_path
 from backbones.latency_model import LatencyModel
 from backbones.loading import how_to_fetch
@@ -139,7 +140,8 @@ class AdaptiveVLM:
         Args:
             images: one, or B; pictures or files.
             questions: one, or B.
-            budget: share, in (0, 1], of the full plan's LLM FLOPs: one for all, or one each; by default a half.
+            budget: share, in (0, 1], of the full plan's LLM FLOPs: one for all, or one each, as numbers, an array or a
+                tensor; by default a half.
             latency_ms: milliseconds of each query's prefill, in place of ``budget``.
             max_new_tokens: answers are cut there.
             stream: give the pieces of one answer as they come.
@@ -152,8 +154,10 @@ class AdaptiveVLM:
                 what the smallest plan costs; a query that the VLM cannot take.
         """
         one = isinstance(questions, str)
+        questions = list(questions) if _are_several(questions) else questions
         if stream and not one:
-            raise InputError(f"stream=True is for one question; {len(questions)} were given: ask them one by one")
+            given = len(questions) if isinstance(questions, list) else f"a {type(questions).__name__}"
+            raise InputError(f"stream=True is for one question; {given} were given: ask them one by one")
         check_count("max_new_tokens", max_new_tokens)
         queries = _queries(images, questions)
         planned = self._plan(queries, budget, latency_ms)
@@ -178,12 +182,11 @@ class AdaptiveVLM:
         """
         if text is None:
             images, text = _unpack(images)
-        if isinstance(text, str):
-            images, text = [images], [text]
-        replies = self.generate(images, text, **options)
+        texts: list[Any] = list(text) if _are_several(text) else [text]
+        replies = self.generate(images, texts, **options)
         return [
             {"input_text": asked, "generated_text": reply.text, **reply.figures()}
-            for asked, reply in zip(text, replies, strict=True)
+            for asked, reply in zip(texts, replies, strict=True)
         ]
 
     def save_pretrained(self, folder: str | Path, with_backbone: bool | None = None) -> None:
@@ -210,7 +213,7 @@ class AdaptiveVLM:
         }
         write_json(folder / DESCRIPTION, described)
         write_json(folder / RECORDS, self.records)
-        write_atomically(folder / "README.md", model_card(self.name, self.backbone, whole, self.records).encode())
+        write_text(folder / "README.md", model_card(self.name, self.backbone, whole, self.records))
 
     def push_to_hub(
         self, repo_id: str, with_backbone: bool | None = None, private: bool = False, token: str | None = None
@@ -252,7 +255,9 @@ class AdaptiveVLM:
             budgets = _budgets(DEFAULT_BUDGET if budget is None else budget, len(queries))
             return Planned.of(self.planner, self.backbone, queries, budgets, self.latency_model)
         if budget is not None:
-            raise InputError(f"budget {budget} and latency_ms {latency_ms:g} stand for each other; give one of them")
+            raise InputError(f"budget {budget} and latency_ms {latency_ms} stand for each other; give one of them")
+        if not isinstance(latency_ms, Real):
+            raise InputError(f"latency_ms is {latency_ms!r}; it must be one number of milliseconds")
         if self.latency_model is None:
             raise InputError(
                 f"latency_ms needs a latency model: make one with {how_to_calibrate(self.backbone.name)}, and give "
@@ -263,8 +268,8 @@ class AdaptiveVLM:
 
 
 def _queries(images: AnyImage | Sequence[AnyImage], questions: str | Sequence[str]) -> list[Query]:
-    texts: list[Any] = list(questions) if _are_several(questions) else [questions]
-    pictures = list(images) if isinstance(images, list | tuple) else [images]
+    texts: list[Any] = questions if isinstance(questions, list) else [questions]
+    pictures: list[Any] = list(images) if _are_pictures(images) else [images]
     if not texts or len(pictures) != len(texts):
         raise InputError(f"{len(pictures)} images and {len(texts)} questions were given; give one image a question")
     rows = enumerate(zip(pictures, texts, strict=True))
@@ -272,7 +277,13 @@ def _queries(images: AnyImage | Sequence[AnyImage], questions: str | Sequence[st
 
 
 def _are_several(given: Any) -> TypeGuard[Iterable[Any]]:
-    return isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    """Whether something is one after the other; a set has no order."""
+    return isinstance(given, Iterable) and not isinstance(given, str | bytes | Set)
+
+
+def _are_pictures(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether something is several pictures. An array is one, if any, and so is an open file."""
+    return isinstance(given, Sequence | Iterator) and _are_several(given) and not hasattr(given, "read")
 
 
 def _picture(image: Any) -> Any:
@@ -280,9 +291,9 @@ def _picture(image: Any) -> Any:
     return read_image(image, f"image {shown_path(str(image))!r}") if isinstance(image, str | Path) else image
 
 
-def _budgets(budget: float | Sequence[float], rows: int) -> tuple[float, ...]:
-    shares: list[Any] = [*budget] if _are_several(budget) else [budget] * rows
-    budgets = check_budgets(shares)
+def _budgets(budget: Any, rows: int) -> tuple[float, ...]:
+    budget = as_python(budget)
+    budgets = check_budgets([*budget] if _are_several(budget) else [budget] * rows)
     if len(budgets) != rows:
         raise InputError(f"{len(budgets)} budgets were given for {rows} questions; give one each, or one for all")
     return budgets

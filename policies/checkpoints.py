@@ -28,7 +28,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         with whole_folder(finished) as unfinished:
             named = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(named, unfinished / "tensors.safetensors")
-            (unfinished / "state.json").write_text(json.dumps(state))
+            (unfinished / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in written(folder)[:-keep]:
         remove_at_once(old)
 

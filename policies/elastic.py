@@ -189,8 +189,8 @@ class ElasticTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (written / UNLOGGED).write_text(json.dumps(self._metrics["train"]))
-            (written / LEFT_OUT).write_text(json.dumps(self.left_out.state()))
+            (written / UNLOGGED).write_text(json.dumps(self._metrics["train"]), encoding="utf-8")
+            (written / LEFT_OUT).write_text(json.dumps(self.left_out.state()), encoding="utf-8")
             put_in_place(written, place)
             for old in checkpoints(self._folder)[:-KEPT]:
                 remove_at_once(old)
@@ -212,8 +212,14 @@ class ElasticTrainer(SFTTrainer):
                 model.load_state_dict(stored.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With the rates of this schedule: those that the optimiser had may be of one for other steps."""
         with self._reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            schedule: Any = self.lr_scheduler
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = peak * share(schedule.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):

@@ -37,13 +37,16 @@ class Witness:
 
     def module(self, path: Path) -> None:
         """Write a module that makes the folder when it is imported, with all that could be asked of it by name."""
-        path.write_text(f"import os\nos.mkdir({str(self.path)!r})\ndef f(*_, **__): pass\nConfig = Processor = f\n")
+        path.write_text(
+            f"import os\nos.mkdir({str(self.path)!r})\ndef f(*_, **__): pass\nConfig = Processor = f\n",
+            encoding="utf-8",
+        )
 
 
 @contextmanager
 def refused(witness: Witness, words: str, megabytes: int = 512, seconds: float = 5.0):
     """What is done here ends with one line, quickly, within so much memory more, and without a side effect."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     now = int(status.split("VmSize:")[1].split()[0]) * 1024
     before, began = resource.getrlimit(resource.RLIMIT_AS), time.perf_counter()
     resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, before[1]))
@@ -70,14 +73,14 @@ def a_run(folder: Path, vlm: Path, **config) -> Path:
 
 def edit(file: Path, **entries) -> None:
     """Change entries of a JSON file; one whose name is ``a__b`` is that of b in a."""
-    fields = json.loads(file.read_text())
+    fields = json.loads(file.read_text(encoding="utf-8"))
     for name, value in entries.items():
         *path, last = name.split("__")
         place = fields
         for key in path:
             place = place[key]
         place[last] = value
-    file.write_text(json.dumps(fields))
+    file.write_text(json.dumps(fields), encoding="utf-8")
 
 
 def claimed_png(width: int, height: int) -> bytes:

@@ -114,7 +114,7 @@ def _run(name: str, namespace: dict[str, Any], block: Block) -> None:
     if block.file is None:
         exec(compile("\n" * (block.line - 1) + block.code, name, "exec", dont_inherit=True), namespace)
         return
-    Path(block.file).write_text(block.code)
+    Path(block.file).write_text(block.code, encoding="utf-8")
     importlib.invalidate_caches()
     sys.modules.pop(Path(block.file).stem, None)
     importlib.import_module(Path(block.file).stem)

@@ -184,12 +184,25 @@ ASKED = [
             ({}, "no budget"),
             (1e-300, "the least budget"),
             (0.5j, "0.5j"),
+            (True, "budget True is no number"),
+            (np.True_, "budget True is no number"),
+            ({0.5}, "budget {0.5} is no number"),
+            (np.array("a"), "budget 'a' is no number"),
+            (np.zeros((1, 1)), "budget [0.0] is no number"),
+            (torch.tensor(float("nan")), "budget nan"),
+            (torch.zeros(0), "no budget"),
+            (torch.ones(2), "2 budgets"),
+            ((0.5 for _ in range(2)), "2 budgets"),
         )
     ),
     *(
         Call(f"latency {given!r}", lambda g, given=given: ask(g, latency_ms=given), "latency_ms needs a latency model")
         for given in (0, float("nan"))
     ),
+    Call("latency in a list", lambda g: ask(g, latency_ms=[1.0]), "latency_ms is [1.0]; it must be one number"),
+    Call("budget and latency", lambda g: ask(g, budget=[0.5], latency_ms=[1.0]), "stand for each other"),
+    Call("a stream of several", lambda g: ask(g, questions=iter("ab"), stream=True), "2 were given"),
+    Call("a set of questions", lambda g: ask(g, images=[g.query.image] * 2, questions={"a", "b"}), "2 images and 1"),
     *(
         Call(
             f"max_new_tokens {given!r}",
@@ -257,7 +270,17 @@ ENVIRONMENTS = [
             (0.5, "0.5"),
             ("01", "01"),
             (None, "None"),
+            ({0.5, 1.0}, "budgets are {0.5, 1.0}"),
+            ({0.5: 1, 1.0: 1}, "budgets are {0.5: 1"),
+            (torch.ones(2, 2), "budgets are tensor([[1., 1.], [1., 1.]])"),
+            ((0.5, 10**400), "budgets are (0.5, 100"),
         )
+    ),
+    Call("a render mode", lambda g: MaskingEnv(**g.core, render_mode="human"), "render_mode is 'human'"),
+    Call(
+        "several reset to a budget",
+        lambda g: MaskingVectorEnv(2, **g.core).reset(options={"budget": 0.5}),
+        "no option 'budget' in several",
     ),
     Call("positions", lambda g: MaskingCore(**g.core, positions="kept"), "positions are 'kept'"),
     Call("no new tokens", lambda g: MaskingCore(**g.core, max_new_tokens=0), "max_new_tokens is 0"),

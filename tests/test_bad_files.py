@@ -47,8 +47,8 @@ def cut(file: Path, tenth: int) -> None:
 
 def edit(file: Path, **changes: object) -> None:
     """Change entries of a JSON file; those that become ``...`` are left out."""
-    fields = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
+    fields = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    file.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}), encoding="utf-8")
 
 
 def reweigh(file: Path, change) -> None:

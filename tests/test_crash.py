@@ -234,12 +234,12 @@ def test_the_remedy_for_an_unreadable_checkpoint_works(monkeypatch, place, tmp_p
         if then == "begin anew":
             before[-1].rename(tmp_path / "also removed")
         (newest / "tensors.safetensors").write_bytes(b"torn")
+        (out / "result.json").rename(out / "result.json.tmp")
         with pytest.raises(SystemExit):
             train(monkeypatch, place, out, *small, "--resume")
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"{newest.name}' cannot be read" in error and error.endswith(f"; remove it to {then}")
         newest.rename(tmp_path / f"removed to {then}")
-        (out / "result.json").rename(out / "result.json.tmp")
         (out / "checkpoints" / ".unfinished").mkdir()
         train(monkeypatch, place, out, *small, "--resume")
         assert outcome(out) == whole and (out / "result.json").exists()

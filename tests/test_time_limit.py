@@ -202,7 +202,7 @@ def test_a_module_that_ends_the_process_is_refused(content, monkeypatch, place, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     name = f"ends_{abs(hash(content))}"
-    Path(f"{name}.py").write_text(content)
+    Path(f"{name}.py").write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit) as caught:
         train(monkeypatch, place, tmp_path / "run", "--reward", f"{name}:f")
     assert caught.value.code == 2 and f"reward '{name}:f' cannot be imported (" in capsys.readouterr().err

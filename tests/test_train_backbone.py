@@ -16,6 +16,7 @@ import train_backbone
 from backbones import InputError, load_backbone
 from backbones.loading import load_processor
 from envs.queries import DatasetQueries, load_queries
+from eval.runs import RunFolder
 from policies.elastic import Collator
 from policies.training_queries import TrainingQueries
 from tests.conftest import build_of, command, make_dataset
@@ -77,6 +78,29 @@ def test_a_run_saves_a_backbone_and_resumes_exactly(monkeypatch, data, tmp_path)
     assert "pruned" not in logged[0][1] and {"full", "pruned", "divergence", "accuracy_full"} <= set(logged[0][3])
     backbone = load_backbone(str(tmp_path / "whole" / "model"))
     assert backbone.layout.tokens == 64 and backbone.layout.layers == 6
+
+
+def test_a_finished_run_goes_on_for_longer(monkeypatch, data, tmp_path, capsys):
+    """At the learning rates of a run that was begun for so many steps; nothing is written down twice."""
+    rates, step = [], SFTTrainer.training_step
+
+    def observed(trainer, *arguments):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", observed)
+    out, small = tmp_path / "run", ["--data", data, *OPTIONS.split(), "--vision-steps", 0]
+    run(monkeypatch, *small, "--out", out, "--steps", 4)
+    first = lines(out)
+    run(monkeypatch, "--out", out, "--resume", "--steps", 6)
+    run(monkeypatch, *small, "--out", tmp_path / "whole")
+    assert len(rates) == 4 + 2 + 6 and rates[4:6] == rates[10:12] and rates[3] != rates[9]
+    assert lines(out)[: len(first)] == first
+    assert [line["step"] for line in lines(out)] == [2, 4, 6] == [line["step"] for line in lines(tmp_path / "whole")]
+    assert RunFolder(out).config()["steps"] == 6 and "6 steps in place of 4, from 4 on" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--out", out, "--resume", "--steps", 5)
+    assert "--steps is 5, but 6 are done" in capsys.readouterr().err
 
 
 def test_training_lowers_both_losses(monkeypatch, data, tmp_path):

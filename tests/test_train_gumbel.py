@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -67,8 +68,12 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("at", "estimator"), [(0, "gumbel"), (72, "gumbel"), (200, "gumbel"), (72, "adallava-h")])
-def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, estimator):
+@pytest.mark.parametrize(
+    ("at", "begun", "estimator"),
+    [(0, 128, "gumbel"), (72, 256, "gumbel"), (200, 256, "gumbel"), (72, 256, "adallava-h")],
+)
+def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, begun, estimator):
+    """Also where fewer queries were asked for, until it was killed before the first step."""
     train(monkeypatch, place, tmp_path / "whole", "--estimator", estimator)
     step = train_gumbel.Trainer.step
 
@@ -80,11 +85,36 @@ def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, es
     with monkeypatch.context() as patch:
         patch.setattr(train_gumbel.Trainer, "step", dying)
         with pytest.raises(Killed):
-            train(monkeypatch, place, tmp_path / "killed", "--estimator", estimator)
-    command(monkeypatch, train_gumbel.main, "--out", tmp_path / "killed", "--resume")
+            train(monkeypatch, place, tmp_path / "killed", "--estimator", estimator, "--total-queries", begun)
+    longer = ["--total-queries", 256] if begun < 256 else []
+    command(monkeypatch, train_gumbel.main, "--out", tmp_path / "killed", "--resume", *longer)
     whole, resumed = (load_file(tmp_path / name / "controller.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] == resumed[name]).all() for name in whole)
     assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("estimator", ["soft-topk", "adallava-l"])
+def test_a_finished_run_goes_on_for_longer(monkeypatch, place, tmp_path, capsys, estimator):
+    """With no line twice and none missing, also where a line's steps are not full; or less long, but not less than it
+    is."""
+    small = ["--estimator", estimator, "--test-queries", 4, "--validate-every", 64]
+    train(monkeypatch, place, tmp_path / "run", *small, "--total-queries", 96)
+    first, weights = lines(tmp_path / "run"), load_file(tmp_path / "run" / "controller.safetensors")
+    assert [line["queries"] for line in first] == [64, 64, 96, 96]
+    for total in (160, 200, 160, 152):
+        capsys.readouterr()
+        again = ["--out", tmp_path / "run", "--resume", "--total-queries", total]
+        with pytest.raises(SystemExit) if total == 152 else nullcontext():
+            command(monkeypatch, train_gumbel.main, *again)
+        if total == 200:  # asked for by mistake, and the run was stopped at once
+            (tmp_path / "run" / "checkpoints" / "step-000000200").rename(tmp_path / "removed")
+    assert "--total-queries is 152, but 160 are done" in capsys.readouterr().err
+    logged = lines(tmp_path / "run")
+    assert logged[:4] == first and [line["queries"] for line in logged] == [64, 64, 96, 96, 160, 160]
+    assert [line["queries"] for line in logged if "validation" in line] == [64, 96, 160]
+    changed = load_file(tmp_path / "run" / "controller.safetensors")
+    assert any((weights[name] != changed[name]).any() for name in weights)
+    assert RunFolder(tmp_path / "run").config()["total_queries"] == 160
 
 
 def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):

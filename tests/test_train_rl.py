@@ -1,6 +1,7 @@
 """The command: from options to a run folder, resumed exactly, and clear about bad input."""
 
 import json
+from shutil import copytree
 
 import pytest
 from safetensors.torch import load_file
@@ -8,7 +9,9 @@ from safetensors.torch import load_file
 import eval.__main__ as eval_main
 import train_rl
 from eval.clock import throughput
+from eval.runs import RunFolder
 from tests.conftest import command
+from tests.refusals import snapshot
 
 OPTIONS = (
     "--budgets 0.6 1.0 --test-budgets 0.6 1.0 --envs 8 --rollout-steps 2 --batch-size 8 --total-queries 24 "
@@ -84,8 +87,11 @@ def test_a_reward_may_ask_for_predicted_time(monkeypatch, place, tmp_path, capsy
 OTHER = ("--algo", "a2c", "--no-fit", "--reward", "lagrangian", "0.1*log-likelihood")
 
 
-@pytest.mark.parametrize(("at", "more"), [(8, ()), (40, ()), (56, ()), (96, ()), (56, OTHER)])
-def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, more):
+@pytest.mark.parametrize(
+    ("at", "begun", "more"), [(8, 12, ()), (40, 24, ()), (56, 24, ()), (96, 24, ()), (56, 24, OTHER)]
+)
+def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, begun, more):
+    """Also where fewer queries were asked for, until it was killed before the first update."""
     train(monkeypatch, place, tmp_path / "whole", *more)
     step = train_rl.RunCallback._on_step
 
@@ -97,9 +103,10 @@ def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, mo
     with monkeypatch.context() as patch:
         patch.setattr(train_rl.RunCallback, "_on_step", dying)
         with pytest.raises(Killed):
-            train(monkeypatch, place, tmp_path / "killed", *more)
+            train(monkeypatch, place, tmp_path / "killed", "--total-queries", begun, *more)
     assert not (tmp_path / "killed" / "result.json").exists()
-    command(monkeypatch, train_rl.main, "--out", tmp_path / "killed", "--resume")
+    longer = ["--total-queries", 24] if begun < 24 else []
+    command(monkeypatch, train_rl.main, "--out", tmp_path / "killed", "--resume", *longer)
     whole, resumed = (load_file(tmp_path / name / "controller.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] == resumed[name]).all() for name in whole)
     assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
@@ -113,6 +120,50 @@ def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):
         train(monkeypatch, place, tmp_path / seed, "--seed", seed)
     first, second = (load_file(tmp_path / seed / "controller.safetensors") for seed in ("0", "1"))
     assert any((first[name] != second[name]).any() for name in first)
+
+
+def test_a_finished_run_goes_on_for_longer(monkeypatch, place, tmp_path, capsys):
+    """With no line twice and none missing; to the same end if it is killed on the way. As long as it is, it is done."""
+    run, twin = tmp_path / "run", tmp_path / "twin"
+    train(monkeypatch, place, run, "--total-queries", 8, "--test-queries", 4)
+    first, before = lines(run), snapshot(run)
+    capsys.readouterr()
+    command(monkeypatch, train_rl.main, "--out", run, "--resume")
+    assert snapshot(run) == before
+    assert "is done, 8 queries; more with --resume and --total-queries" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(monkeypatch, train_rl.main, "--out", run, "--resume", "--total-queries", 7)
+    assert "--total-queries is 7, but 8 are done in" in capsys.readouterr().err and snapshot(run) == before
+
+    copytree(run, twin)
+    command(monkeypatch, train_rl.main, "--out", run, "--resume", "--total-queries", 16)
+    assert "16 queries in place of 8, from 8 on; the learning rate goes on as if 16" in capsys.readouterr().out
+    assert lines(run)[: len(first)] == first
+    kinds = [("validation" in line, line["queries"]) for line in lines(run)]
+    assert kinds == [
+        (False, 4),
+        *((kind, at) for at in (8,) for kind in (False, True)),
+        (False, 12),
+        (False, 16),
+        (True, 16),
+    ]
+    assert RunFolder(run).config()["total_queries"] == 16
+    begun, more = (run / "command.txt").read_text().splitlines()
+    assert "--total-queries 8 " in begun and more.endswith("--total-queries 16  # 16 queries in place of 8, from 8 on")
+
+    step = train_rl.RunCallback._on_step
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_rl.RunCallback, "_on_step", lambda self: dead() if self.num_timesteps == 56 else step(self))
+        command(patch, train_rl.main, "--out", twin, "--resume", "--total-queries", 16)
+    assert not (twin / "result.json").exists(), "what it had come to is not what 16 queries come to"
+    command(monkeypatch, train_rl.main, "--out", twin, "--resume")
+    assert lines(twin) == lines(run)
+    for name in ("controller.safetensors", "result.json"):
+        assert (twin / name).read_bytes() == (run / name).read_bytes() != before[str(run / name)]
+
+
+def dead():
+    raise Killed
 
 
 def failing_later(terms):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from backbones import Backbone, EncodingBank
-from backbones.atomic import write_atomically, write_json
+from backbones.atomic import write_atomically, write_json, write_text
 from backbones.errors import InputError, first_line, printable
 from backbones.plain_files import check_inside, is_number, read_columns, read_records
 from eval.evaluate import Record, outcomes_met
@@ -128,7 +128,7 @@ class Cell:
         check_inside(file, self.folder)
         if not file.is_file():
             return None
-        with file.open(errors="replace") as opened:
+        with file.open(encoding="utf-8", errors="replace") as opened:
             return opened.read(LONGEST_TEXT).strip()
 
 
@@ -248,7 +248,7 @@ def attempt(cell: Cell, work: Any) -> bool:
     try:
         work()
     except Exception as error:  # whatever it is, it is this cell's, and the report shows it
-        write_atomically(cell.folder / FAILURE, f"{type(error).__name__}: {error}\n".encode())
+        write_text(cell.folder / FAILURE, f"{type(error).__name__}: {error}\n")
         return False
     # last, since a call beside this one may have failed for no more than finding the cell taken
     (cell.folder / FAILURE).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from backbones import Backbone, EncodingBank
-from backbones.atomic import temporary, write_atomically, write_json
+from backbones.atomic import temporary, write_json, write_text
 from backbones.plain_files import MALFORMED, read_json
 from envs import load_queries
 from envs.answer_length import say_cuts
@@ -97,9 +97,9 @@ class Experiment(cli.Placement, Answering):
         place, cut = self.out / self.name, self.max_new_tokens
         report = Report(self.name, place, cells, self.seeds, self.budgets, backbone, queries, cut)
         report.write()
+        report.track(self.wandb, self.out.name)
         print(report.text())
         print(f"report: {self.out / self.name / 'report.html'}")
-        report.track(self.wandb, self.out.name)
 
     def _check(self) -> dict[str, Any]:
         """What the experiment is begun with.
@@ -151,7 +151,7 @@ class Experiment(cli.Placement, Answering):
             found = search(
                 backbone, self.data, "validation", min(self.tuning_queries, SEARCH_QUERIES), SearchSettings()
             )
-            write_atomically(file, found.json().encode())
+            write_text(file, found.json())
         return file
 
     def _chosen(self, arms: Sequence[Arm]) -> set[str]:

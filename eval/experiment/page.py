@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from backbones.atomic import write_atomically
+from backbones.atomic import write_text
 from eval.experiment.claims import Answer
 from eval.experiment.tables import Table
 
@@ -67,7 +67,7 @@ def write_page(
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["unbroken"] = unbroken
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         question=question,
         answers=answers,
@@ -79,4 +79,4 @@ def write_page(
         facts=facts,
         commands=commands,
     )
-    write_atomically(path, page.encode())
+    write_text(path, page)

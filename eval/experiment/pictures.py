@@ -25,6 +25,7 @@ from eval.experiment.cells import TIME
 from eval.experiment.statistics import Estimate
 from eval.experiment.summary import ArmResult, ranked
 from eval.plan_pictures import show_heads, show_tokens
+from eval.report import drawn
 
 FORMATS = ("png", "svg")
 WIDTH, HEIGHT, LEGEND_ROW = 5.6, 3.7, 0.22
@@ -258,7 +259,7 @@ def draw_gallery(
     budgets = list(dict.fromkeys(budget for own in shown.values() for budget in own))
     with plt.rc_context({"axes.grid": False, "font.size": 11}):
         figure = plt.figure(figsize=(WIDTH, 1.7 * len(shown) + 0.4), layout="constrained")
-        figure.suptitle(question, fontsize=12)
+        figure.suptitle(drawn(question), fontsize=12)
         for part, (policy, own) in zip(
             figure.subfigures(len(shown), 1, squeeze=False).flat, shown.items(), strict=True
         ):

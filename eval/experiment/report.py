@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from backbones import Backbone, EncodingBank
-from backbones.atomic import write_atomically
+from backbones.atomic import write_text
 from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
 from envs.scoring import score
@@ -97,9 +97,9 @@ class Report:
         """Tables, pictures and page, into the folder."""
         folder, title = self.folder, f"Experiment: {self.name}"
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / "tables.md", f"# {title}\n\n{self.text()}".encode())
+        write_text(folder / "tables.md", f"# {title}\n\n{self.text()}")
         for table in self.tables:
-            write_atomically(folder / f"{table.name}.csv", table.csv().encode())
+            write_text(folder / f"{table.name}.csv", table.csv())
         pictures, gallery = self._pictures(), self._gallery()
         self.drawn = [picture.path for picture in (*pictures, *gallery)]
         write_page(

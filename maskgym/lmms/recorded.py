@@ -35,7 +35,7 @@ class RecordFile:
         self.path = path
 
     def append(self, records: Sequence[Record]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
@@ -57,7 +57,7 @@ class Recorded:
         self._records: dict[tuple[str, float], Record] = {}
         there = set()
         try:
-            with path.open() as file:
+            with path.open(encoding="utf-8") as file:
                 for line in file:
                     record = parse_json(line)
                     there.add(record["budget"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbones.atomic import write_atomically
+from backbones.atomic import write_text
 from backbones.backbone import Backbone
 from backbones.encoding import Encoding
 from backbones.errors import InputError
@@ -50,7 +50,7 @@ class SearchedOrder:
         return json.dumps(asdict(self)) + "\n"
 
     def save(self, path: Path) -> None:
-        write_atomically(path, self.json().encode())
+        write_text(path, self.json())
 
     @classmethod
     def load(cls, path: Path) -> SearchedOrder:
