@@ -72,7 +72,8 @@ class AcceptedLengths:
         shortest_R = np.zeros(len(free_R), np.int64)
         if not free_R.any():
             return 0, shortest_R
-        answers = self._answers.filter(pa.array(free_R)).cast(pa.list_(pa.string()))  # views have no ``unique``
+        plain = self._answers.cast(pa.list_(pa.string()))  # what is counted with here is not there for views
+        answers = plain.filter(pa.array(free_R))
         texts, counts = pc.list_flatten(answers), pc.list_value_length(answers).to_numpy()
         different = pc.unique(texts)
         lengths = np.array(backbone.answer_lengths([str(text) for text in different.to_pylist()]))
