@@ -72,14 +72,13 @@ class AcceptedLengths:
         shortest_R = np.zeros(len(free_R), np.int64)
         if not free_R.any():
             return 0, shortest_R
-        plain = self._answers.cast(pa.list_(pa.string()))  # what is counted with here is not there for views
-        answers = plain.filter(pa.array(free_R))
-        texts, counts = pc.list_flatten(answers), pc.list_value_length(answers).to_numpy()
+        texts = pc.list_flatten(self._answers).cast(pa.large_string())  # views cannot be counted with
+        starts_R = np.cumsum([0, *pc.list_value_length(self._answers).to_numpy()[:-1]])
         different = pc.unique(texts)
         lengths = np.array(backbone.answer_lengths([str(text) for text in different.to_pylist()]))
-        all_lengths = lengths[pc.index_in(texts, value_set=different).to_numpy()]
-        shortest_R[free_R] = np.minimum.reduceat(all_lengths, np.cumsum([0, *counts[:-1]]))
-        return int(lengths.max()), shortest_R
+        lengths = lengths[pc.index_in(texts, value_set=different).to_numpy()]
+        shortest_R[free_R] = np.minimum.reduceat(lengths, starts_R)[free_R]
+        return int(np.maximum.reduceat(lengths, starts_R)[free_R].max()), shortest_R
 
 
 @dataclass(frozen=True)
