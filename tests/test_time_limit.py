@@ -58,19 +58,20 @@ def swallow_once():
 
 
 @pytest.mark.parametrize(
-    ("call", "at_most"),
+    "call",
     [
-        (lambda: time.sleep(60), 0.9),
-        (spin, 0.9),
-        (swallow, 0.9),
-        (lambda: threading.Event().wait(), 0.9),
-        (lambda: subprocess.run(["sleep", "60"], check=True), 0.9),
-        (lambda: os.read(os.pipe()[0], 1), 0.9),
-        (swallow_once, 5),  # by the second alarm
+        lambda: time.sleep(60),
+        spin,
+        swallow,
+        lambda: threading.Event().wait(),
+        lambda: subprocess.run(["sleep", "60"], check=True),
+        lambda: os.read(os.pipe()[0], 1),
+        swallow_once,  # by the second alarm
     ],
 )
-def test_what_never_returns_is_stopped(call, at_most):
-    assert seconds_of(call) < at_most
+def test_what_never_returns_is_stopped(call):
+    """Long before it would have ended; how long before is for a machine that may be busy."""
+    assert seconds_of(call) < 30
 
 
 def test_what_returns_in_time_is_as_without_a_limit():
@@ -85,7 +86,7 @@ def test_a_limit_within_a_limit():
     began = time.monotonic()
     with pytest.raises(TimeLimitError, match=r"within 0\.4 s"):
         within(0.4, lambda: (seconds_of(lambda: time.sleep(60)), time.sleep(60)))
-    assert 0.35 < time.monotonic() - began < 1
+    assert 0.35 < time.monotonic() - began < 30
     with pytest.raises(TimeLimitError, match=r"within 0\.1 s"):
         within(0.1, lambda: within(30, lambda: time.sleep(60)))
     assert within(30, lambda: within(0.05, lambda: 3)) == 3
