@@ -284,9 +284,8 @@ class RunJournal:
     def end(self, queries: int) -> None:
         """Say so, if the training ends before its last query."""
         if self.settling.settled and queries < self.config.total_queries:
-            done = f"{queries:,} of {self.config.total_queries:,} queries"
-            without = f"{self.config.patience} validations in a row without a gain"
-            print(f"settled after {done}: {without}; to go on, add --resume --patience 0", file=sys.stderr)
+            done = f"{queries:,} of {self.config.total_queries:,} queries (--patience {self.config.patience})"
+            print(f"validation has settled after {done}; to go on, add --resume --patience 0", file=sys.stderr)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

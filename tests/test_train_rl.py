@@ -173,6 +173,24 @@ def failing_later(terms):
     return terms.accuracy
 
 
+@pytest.mark.slow
+def test_a_training_that_has_settled_ends_and_goes_on_when_asked_to(monkeypatch, place, tmp_path, capsys):
+    """This VLM is never right, so nothing is gained. Null: without patience the training goes on to its end."""
+    resumed = ["--out", tmp_path / "run", "--resume"]
+    train(monkeypatch, place, tmp_path / "run", "--patience", 1)
+    assert lines(tmp_path / "run")[-1]["queries"] == 16
+    assert "validation has settled after 16 of 24 queries (--patience 1)" in capsys.readouterr().err
+    before = snapshot(tmp_path / "run")
+    command(monkeypatch, train_rl.main, *resumed)
+    assert "done, 16 queries; more with --resume and --patience 0" in capsys.readouterr().out
+    assert snapshot(tmp_path / "run") == before
+    command(monkeypatch, train_rl.main, *resumed, "--patience", 0)
+    train(monkeypatch, place, tmp_path / "whole", "--patience", 0)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    whole, gone_on = (load_file(tmp_path / name / "controller.safetensors") for name in ("whole", "run"))
+    assert all(weights.equal(gone_on[name]) for name, weights in whole.items())
+
+
 def test_a_reward_that_fails_mid_run_ends_it_and_keeps_the_checkpoint(monkeypatch, place, tmp_path, capsys):
     failing_later.calls = 0
     with pytest.raises(SystemExit) as caught:
