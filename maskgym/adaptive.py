@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, overload
 
@@ -254,10 +253,11 @@ class AdaptiveVLM:
         if latency_ms is None:
             budgets = _budgets(DEFAULT_BUDGET if budget is None else budget, len(queries))
             return Planned.of(self.planner, self.backbone, queries, budgets, self.latency_model)
-        if budget is not None:
-            raise InputError(f"budget {budget} and latency_ms {latency_ms} stand for each other; give one of them")
-        if not isinstance(latency_ms, Real):
+        latency_ms = as_python(latency_ms)
+        if not isinstance(latency_ms, int | float):
             raise InputError(f"latency_ms is {latency_ms!r}; it must be one number of milliseconds")
+        if budget is not None:
+            raise InputError(f"budget {budget} and latency_ms {latency_ms:g} stand for each other; give one of them")
         if self.latency_model is None:
             raise InputError(
                 f"latency_ms needs a latency model: make one with {how_to_calibrate(self.backbone.name)}, and give "

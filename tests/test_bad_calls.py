@@ -200,7 +200,7 @@ ASKED = [
         for given in (0, float("nan"))
     ),
     Call("latency in a list", lambda g: ask(g, latency_ms=[1.0]), "latency_ms is [1.0]; it must be one number"),
-    Call("budget and latency", lambda g: ask(g, budget=[0.5], latency_ms=[1.0]), "stand for each other"),
+    Call("budget and latency", lambda g: ask(g, budget=[0.5], latency_ms=1.0), "stand for each other"),
     Call("a stream of several", lambda g: ask(g, questions=iter("ab"), stream=True), "2 were given"),
     Call("a set of questions", lambda g: ask(g, images=[g.query.image] * 2, questions={"a", "b"}), "2 images and 1"),
     *(

@@ -337,13 +337,13 @@ def test_plans_and_latency_models_cut_anywhere(kind, tenth, desk, tmp_path):
         kind.load(mine)
 
 
-RESUMED = "train_rl --backbone {vlm} --data {data} --out {spoilt} --resume --total-queries 4"
+RESUMED = "train_rl --backbone {vlm} --data {data} --out {spoilt} --resume --total-queries 4 --width 8"
 RUNS = [
     Line(f"eval run {{no_weights}} {'--backbone {vlm} --data {data}'}", "no readable controller"),
     Line("eval run {no_backbone} --data {data}", "could not be read"),
     Line("eval run {run} {no_backbone} --data {data}", "the controllers are for different backbones"),
     Line("eval run {run} --data {data} --backbone tiny", "backbone 'tiny' has"),
-    Line(f"{RESUMED}", "was begun with"),
+    Line(RESUMED, "was begun with width=48, now 8"),
     Line("train_rl --resume --out {unknown_option}", "unknown option 'colour'"),
     Line("train_rl --resume --out {wrong_type}", "has width: 'wide'"),
     Line("train_gumbel --resume --out {run}", "unknown option"),
