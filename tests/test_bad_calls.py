@@ -278,9 +278,9 @@ ENVIRONMENTS = [
     ),
     Call("a render mode", lambda g: MaskingEnv(**g.core, render_mode="human"), "render_mode is 'human'"),
     Call(
-        "several reset to a budget",
-        lambda g: MaskingVectorEnv(2, **g.core).reset(options={"budget": 0.5}),
-        "no option 'budget' in several",
+        "several reset to fewer budgets",
+        lambda g: MaskingVectorEnv(2, **g.core).reset(options={"budget": [0.5]}),
+        "has 1 values for 2 slots",
     ),
     Call("positions", lambda g: MaskingCore(**g.core, positions="kept"), "positions are 'kept'"),
     Call("no new tokens", lambda g: MaskingCore(**g.core, max_new_tokens=0), "max_new_tokens is 0"),
