@@ -99,6 +99,7 @@ def test_answers_and_costs_are_those_of_eval_run(monkeypatch, run_of, queries, p
 
 
 @pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.slow
 def test_mixed_budgets_in_a_batch_are_singles(run_of, queries, kind):
     vlm = AdaptiveVLM.from_pretrained(run_of(kind))
     budgets = [0.6 + 0.03 * row for row in range(12)]

@@ -154,6 +154,7 @@ def test_single_bits_are_one_distribution(options):
     assert trains(ppo(env)).rollout_buffer.actions.dtype == np.int8
 
 
+@pytest.mark.slow
 def test_masks_of_actions_are_not_needed(options):
     model = MaskablePPO("MultiInputPolicy", MaskingVecEnv.make(2, **options), n_steps=STEPS, batch_size=STEPS, seed=0)
     with pytest.raises(ValueError, match="does not support action masking"):
@@ -214,6 +215,7 @@ def obedient(terms):
     return -np.abs(terms.flops - terms.budget)
 
 
+@pytest.mark.slow
 def test_a_stock_agent_learns_to_heed_the_budget(small, source):
     """Reward: minus |FLOPs - budget|. Untrained -0.23; the best plan that is one for all budgets gets -0.19, which an
     agent that reads nothing cannot beat; measured after 2,048 plans: -0.10 (seed 0)."""

@@ -250,6 +250,7 @@ def cuts(monkeypatch):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_commands_take_a_cut_and_say_it_once(monkeypatch, spoken_data, tmp_path, capsys, cuts, name):
     main, options = COMMANDS[name]
     # what the question alone says takes long, and answers nothing
@@ -285,6 +286,7 @@ def test_an_experiment_hands_its_cut_on(talker, tmp_path, cuts):
     assert set(cuts) == {2} and [record["accuracy"] for record in cell.records()] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_before_goes_on(monkeypatch, spoken_data, tmp_path):
     """Configs and heads of older versions name no cut and no share that may fail."""
     main, options = COMMANDS["rl"]

@@ -119,7 +119,7 @@ def answered(planner, backbone, encoding, plan, budget, longest):
     return replies[0], flops
 
 
-@pytest.mark.parametrize("policy", [*STATIC, *OWN, *CHAINS])
+@pytest.mark.parametrize("policy", [*STATIC, *OWN, *(pytest.param(chain, marks=pytest.mark.slow) for chain in CHAINS)])
 def test_the_charge_is_what_is_computed_and_within_the_budget(source, tmp_path, policy):
     backbone = build()
     planner, met = planner_for(policy, backbone, tmp_path), []

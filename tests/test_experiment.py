@@ -109,6 +109,7 @@ def test_everything_that_is_promised_is_there(done):
     assert f"<dd>4, in all {sum(seconds) / 3600:.2g} hours of training</dd>" in page and len(seconds) == 4
 
 
+@pytest.mark.slow
 def test_a_cell_can_be_computed_again_from_its_run(done, place):
     """What the committed results promise: the same command gives the same figures."""
     cells = lay_out(done, ARMS, (0, 1))
@@ -158,6 +159,7 @@ def test_what_is_there_is_not_done_again_and_what_failed_is(monkeypatch, done, p
         (["--total-queries", "65"], "was begun with total_queries 64, now 65; go on with the same"),
     ],
 )
+@pytest.mark.slow
 def test_bad_options_are_named(monkeypatch, done, place, capsys, more, words):
     with pytest.raises(SystemExit):
         experiment(monkeypatch, place, done, *more)
@@ -243,6 +245,7 @@ def pair_of(first, second, budget, first_Q, second_Q, **more):
     return Pair(first, second, budget, np.asarray(first_Q)[None] * 1.0, np.asarray(second_Q)[None] * 1.0, **more)
 
 
+@pytest.mark.slow
 def test_tests_find_a_difference_and_none_where_there_is_none():
     """Null: the same numbers, and two draws of one distribution."""
     rng = np.random.default_rng(0)
@@ -377,6 +380,7 @@ def test_an_expectation_is_confirmed_refuted_or_left_open(tmp_path):
     assert third.sentences[1] == "Budget by budget, no difference is shown at 20, 50 and 100 % of the LLM FLOPs."
 
 
+@pytest.mark.slow
 def test_of_single_trainings_nothing_is_said_of_methods(tmp_path):
     curves = {"rl": (0.8, 0.9, 0.95), "gumbel": (0.7, 0.85, 0.95)}
     results = made(tmp_path, curves, seeds=1)
@@ -422,6 +426,7 @@ def test_the_best_rival_is_named_and_one_that_meets_few_budgets_is_none(tmp_path
     )
 
 
+@pytest.mark.slow
 def test_arms_without_figures_are_not_spoken_of_and_none_without_a_budget_is_compared(tmp_path):
     curves = {"full": (None, None, 0.97), "rl": (0.8, 0.9, 0.95), "rl heads": (0.6, 0.8, 0.9)}
     results = made(tmp_path, {**curves, "rl tokens": (None, None, 0.9)}, unbudgeted=("full", "rl tokens"))
@@ -588,6 +593,7 @@ frame.srcdoc = PAGE;
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.slow
 def test_the_page_can_be_read_on_a_phone(done, tmp_path):
     """In headless Chromium: nothing is wider than the screen, every picture is shown."""
     page = tmp_path / "phone.html"

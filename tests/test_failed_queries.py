@@ -341,6 +341,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.slow
 def test_a_training_goes_on_without_what_fails_and_resumes_exactly(
     monkeypatch, place, broken, tmp_path, capsys, training
 ):
@@ -389,6 +390,7 @@ def test_a_training_ends_where_more_fails_than_may(monkeypatch, place, broken, t
     assert "--max-failed is 1; it must be a share of the queries, at least 0 and below 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_vision_tower_learns_without_what_fails(monkeypatch, broken, tmp_path, capsys):
     options = "--steps 1 --images 2 --questions 1 --warmup 0 --vision-steps 2 --vision-images 6 --max-failed 0.9"
     command(monkeypatch, train_backbone.main, "--data", broken, "--out", tmp_path / "run", *options.split())

@@ -179,6 +179,7 @@ print("said to nobody")
 """
 
 
+@pytest.mark.slow
 def test_a_session_in_a_locale_of_ascii(place, tmp_path):
     """A run in a place with other letters is trained and evaluated; every text file is opened with its encoding said.
     Whoever read the output has gone before the first line."""

@@ -218,6 +218,7 @@ def test_deterministic_trainings_are_equal_to_the_last_bit(monkeypatch, place, t
     assert not torch.are_deterministic_algorithms_enabled(), "what follows in this process is as it was"
 
 
+@pytest.mark.slow
 def test_deterministic_trainings_refuse_other_operations(monkeypatch, place, tmp_path, capsys):
     """The null: without the option the same reward works."""
     options = ["--reward", f"{SELF}:scattering", "--total-queries", 4]

@@ -21,6 +21,7 @@ from tests.conftest import command, make_dataset
 from tests.test_train_rl import OPTIONS, lines
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,6 @@ def test_what_a_worker_refuses_is_said_here(core):
         core.execute(numbers + 99 - numbers, budgets, actions)
 
 
-@pytest.mark.slow
 def test_a_training_with_workers_has_the_same_records(monkeypatch, place, tmp_path):
     for name, more in (("one", []), ("two", ["--workers", 2])):
         where = ["--backbone", place / "vlm", "--data", place / "data", "--out", tmp_path / name]
@@ -123,7 +123,6 @@ def test_bad_options_are_named(monkeypatch, place, tmp_path, capsys, more, words
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_ray_that_is_not_installed_is_named(monkeypatch, place):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"--workers needs Ray; install it with: pip install 'maskgym\[ray\]'"):

@@ -37,6 +37,7 @@ def figures(record):
     return {name: value for name, value in record.items() if name not in ("policy", "backbone")}
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_as_its_run_is(monkeypatch, place, tmp_path, made):
     policies = [str(made / "{}"), f"{made / '{}'}@merge", f"stride@0.5 then {made / '{}'}"]
     of_run = records(monkeypatch, place, tmp_path, *(policy.format("run") for policy in policies))
