@@ -161,6 +161,7 @@ def test_controllers_train_on_a_benchmark(monkeypatch, place, tmp_path, script, 
     assert "| part " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_streaming_holds_no_texts(tmp_path, monkeypatch):
     """5,000 questions with ten answers each take more than 4 MB as Python objects."""
     monkeypatch.setattr(reading, "CHUNK", 1 << 14)

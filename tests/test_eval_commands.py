@@ -58,6 +58,7 @@ def test_what_is_timed_are_the_first_queries_that_do_not_fail(small):
     assert len(first_queries(bank, 20)) == 6
 
 
+@pytest.mark.slow
 def test_limits_in_milliseconds_make_a_record_each(monkeypatch, place, tmp_path, latency_file, capsys):
     low, high = 0.75 * float(full_ms(place, latency_file).min()), 2 * float(full_ms(place, latency_file).max())
     options = ["--milliseconds", low, high, "--latency-model", latency_file]

@@ -67,6 +67,7 @@ def test_random_plans_keep_to_the_limit_and_use_it(small, encoding, full_ms, sha
     assert (at_share <= shares).all(), "the shares are not those of the plans"
 
 
+@pytest.mark.slow
 def test_the_share_is_the_largest_on_a_grid_that_fits(small, encoding, full_ms):
     limit = 0.8 * float(full_ms.min())
     _, shares = limited(FixedPlanner(small), small, limit).choose(encoding, torch.ones(12))

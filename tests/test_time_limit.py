@@ -252,12 +252,14 @@ def steady(terms):
 
 
 @pytest.mark.parametrize(("options", "limited"), [([], True), (["--reward-seconds", 0], False)])
+@pytest.mark.slow
 def test_trainings_have_a_limit_unless_it_is_switched_off(monkeypatch, place, tmp_path, options, limited):
     steady.seen = []
     train(monkeypatch, place, tmp_path / "run", "--reward", f"{SELF}:steady", "--total-queries", 4, *options)
     assert steady.seen and all((299 < left <= 300) if limited else left == 0 for left in steady.seen)
 
 
+@pytest.mark.slow
 def test_the_limit_is_no_part_of_what_a_run_is(monkeypatch, place, tmp_path):
     train(monkeypatch, place, tmp_path / "run", "--total-queries", 4, "--reward-seconds", 5)
     assert "reward_seconds" not in (tmp_path / "run" / "config.yaml").read_text()

@@ -54,6 +54,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_saves_a_backbone_and_resumes_exactly(monkeypatch, data, tmp_path):
     run(monkeypatch, "--data", data, "--out", tmp_path / "whole", *OPTIONS.split())
     step = SFTTrainer.training_step
@@ -80,6 +81,7 @@ def test_a_run_saves_a_backbone_and_resumes_exactly(monkeypatch, data, tmp_path)
     assert backbone.layout.tokens == 64 and backbone.layout.layers == 6
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_for_longer(monkeypatch, data, tmp_path, capsys):
     """At the learning rates of a run that was begun for so many steps; nothing is written down twice."""
     rates, step = [], SFTTrainer.training_step
@@ -103,6 +105,7 @@ def test_a_finished_run_goes_on_for_longer(monkeypatch, data, tmp_path, capsys):
     assert "--steps is 5, but 6 are done" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_lowers_both_losses(monkeypatch, data, tmp_path):
     """On 24 questions, under random plans from the start; the null: a learning rate of nothing changes nothing."""
     options = "--steps 30 --plain-share 0 --vision-steps 0 --images 8 --questions 2 --elastic-questions 2 --warmup 5 "
@@ -116,6 +119,7 @@ def test_training_lowers_both_losses(monkeypatch, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])
+@pytest.mark.slow
 def test_lora_trains_every_adapter_and_nothing_else(monkeypatch, families, data, tmp_path, name):
     base = families / name
     options = "--lora-rank 4 --steps 24 --plain-share 0.25 --images 8 --questions 2 --elastic-questions 2 --warmup 2 "
@@ -210,6 +214,7 @@ def test_answers_that_cannot_be_learnt_are_named():
         ("--backbone /nowhere", "'/nowhere' could not be read"),
     ],
 )
+@pytest.mark.slow
 def test_bad_options_are_named(monkeypatch, data, tmp_path, capsys, arguments, words):
     more = OPTIONS.split() if "--steps" not in arguments else []
     with pytest.raises(SystemExit) as caught:

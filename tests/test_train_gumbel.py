@@ -36,6 +36,7 @@ def lines(out):
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "soft-topk", "adallava-l", "adallava-h"])
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, capsys, estimator):
     adallava = estimator.startswith("adallava")
     train(monkeypatch, place, tmp_path / "run", "--estimator", estimator, "--distillation", 0 if adallava else 0.5)
@@ -72,6 +73,7 @@ class Killed(BaseException):
     ("at", "begun", "estimator"),
     [(0, 128, "gumbel"), (72, 256, "gumbel"), (200, 256, "gumbel"), (72, 256, "adallava-h")],
 )
+@pytest.mark.slow
 def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, begun, estimator):
     """Also where fewer queries were asked for, until it was killed before the first step."""
     train(monkeypatch, place, tmp_path / "whole", "--estimator", estimator)
@@ -94,6 +96,7 @@ def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, be
 
 
 @pytest.mark.parametrize("estimator", ["soft-topk", "adallava-l"])
+@pytest.mark.slow
 def test_a_finished_run_goes_on_for_longer(monkeypatch, place, tmp_path, capsys, estimator):
     """With no line twice and none missing, also where a line's steps are not full; or less long, but not less than it
     is."""
@@ -117,6 +120,7 @@ def test_a_finished_run_goes_on_for_longer(monkeypatch, place, tmp_path, capsys,
     assert RunFolder(tmp_path / "run").config()["total_queries"] == 160
 
 
+@pytest.mark.slow
 def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):
     for seed in ("0", "1"):
         train(monkeypatch, place, tmp_path / seed, "--seed", seed)
@@ -133,6 +137,7 @@ def likelihood(trainer, batches=12):
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "soft-topk", "adallava-l", "adallava-h"])
+@pytest.mark.slow
 def test_training_raises_the_answers_likelihood(place, tmp_path, estimator):
     """Null: a learning rate of nothing leaves it where it was."""
     gains = {}
@@ -160,6 +165,7 @@ def test_training_raises_the_answers_likelihood(place, tmp_path, estimator):
 
 
 @pytest.mark.parametrize("first", ["gumbel", "rl"])
+@pytest.mark.slow
 def test_a_run_can_start_from_one_of_the_other_kind(monkeypatch, place, tmp_path, first):
     train(monkeypatch, place, tmp_path / "gumbel")
     options = "--envs 8 --rollout-steps 2 --batch-size 8 --total-queries 16 --budgets 0.6 1 --test-budgets 0.6"
@@ -175,6 +181,7 @@ def test_a_run_can_start_from_one_of_the_other_kind(monkeypatch, place, tmp_path
 
 
 @pytest.mark.parametrize("script", ["train_gumbel", "train_rl"])
+@pytest.mark.slow
 def test_axes_left_out_stay_full_and_are_saved(monkeypatch, place, tmp_path, script):
     main = {"train_gumbel": train_gumbel, "train_rl": train_rl}[script].main
     extra = "--envs 8 --rollout-steps 2" if script == "train_rl" else ""
@@ -192,6 +199,7 @@ def test_axes_left_out_stay_full_and_are_saved(monkeypatch, place, tmp_path, scr
 
 @pytest.mark.parametrize("script", ["train_gumbel", "train_rl"])
 @pytest.mark.parametrize("rule", ["threshold", "fill"])
+@pytest.mark.slow
 def test_a_controller_keeps_the_layout_that_it_was_trained_with(monkeypatch, place, tmp_path, script, rule):
     main = {"train_gumbel": train_gumbel, "train_rl": train_rl}[script].main
     extra = "--envs 8 --rollout-steps 2" if script == "train_rl" else ""
@@ -235,6 +243,7 @@ def test_bad_options_end_with_status_2_and_one_line(monkeypatch, place, tmp_path
 
 @pytest.mark.parametrize("script", ["train_gumbel", "train_rl"])
 @pytest.mark.parametrize("way", ["lora", "full"])
+@pytest.mark.slow
 def test_a_tuned_backbone_learns_is_saved_and_resumed(monkeypatch, place, tmp_path, script, way):
     """Null: without the option the run has no model of its own, and its backbone is the one it was given."""
     main = {"train_gumbel": train_gumbel, "train_rl": train_rl}[script].main
@@ -261,6 +270,7 @@ def test_a_tuned_backbone_learns_is_saved_and_resumed(monkeypatch, place, tmp_pa
     assert all(torch.equal(tuned[name], resumed[name]) for name in tuned)
 
 
+@pytest.mark.slow
 def test_a_controller_of_another_width_is_named(monkeypatch, place, tmp_path, capsys):
     train(monkeypatch, place, tmp_path / "narrow", "--width", 8)
     with pytest.raises(SystemExit):

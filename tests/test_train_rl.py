@@ -28,6 +28,7 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_is_promised(monkeypatch, place, tmp_path, capsys):
     train(monkeypatch, place, tmp_path / "run")
     files = (
@@ -63,6 +64,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_without_projection_plans_overspend_in_training_and_not_in_use(monkeypatch, place, tmp_path):
     """Null: with projection none does."""
     for name, more in (("free", ["--no-fit"]), ("fitted", [])):
@@ -73,6 +75,7 @@ def test_without_projection_plans_overspend_in_training_and_not_in_use(monkeypat
         assert all(record["budget_violations"] == 0 for record in records)
 
 
+@pytest.mark.slow
 def test_a_reward_may_ask_for_predicted_time(monkeypatch, place, tmp_path, capsys):
     where = ["--backbone", place / "vlm", "--data", place / "data"]
     model = tmp_path / "latency.json"
@@ -90,6 +93,7 @@ OTHER = ("--algo", "a2c", "--no-fit", "--reward", "lagrangian", "0.1*log-likelih
 @pytest.mark.parametrize(
     ("at", "begun", "more"), [(8, 12, ()), (40, 24, ()), (56, 24, ()), (96, 24, ()), (56, 24, OTHER)]
 )
+@pytest.mark.slow
 def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, begun, more):
     """Also where fewer queries were asked for, until it was killed before the first update."""
     train(monkeypatch, place, tmp_path / "whole", *more)
@@ -114,6 +118,7 @@ def test_killed_and_resumed_is_never_killed(monkeypatch, place, tmp_path, at, be
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):
     """Null of the test above."""
     for seed in ("0", "1"):
