@@ -127,6 +127,7 @@ def test_other_seeds_give_other_controllers(monkeypatch, place, tmp_path):
     assert any((first[name] != second[name]).any() for name in first)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_for_longer(monkeypatch, place, tmp_path, capsys):
     """With no line twice and none missing; to the same end if it is killed on the way. As long as it is, it is done."""
     run, twin = tmp_path / "run", tmp_path / "twin"
@@ -196,6 +197,7 @@ def test_a_training_that_has_settled_ends_and_goes_on_when_asked_to(monkeypatch,
     assert all(weights.equal(gone_on[name]) for name, weights in whole.items())
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_mid_run_ends_it_and_keeps_the_checkpoint(monkeypatch, place, tmp_path, capsys):
     failing_later.calls = 0
     with pytest.raises(SystemExit) as caught:
