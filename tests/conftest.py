@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Collection, Iterable
 from functools import partial
+from typing import Any
 
 # One thread, also in processes that tests start: several wait for each other, spinning, where cores are busy. To be
 # said before NumPy and torch are imported.
@@ -77,13 +79,18 @@ KINDS = {
 }
 
 
-TRIED_FIRST = ("mha", "gqa", "fine-heads-only", "qwen2_5_vl")
-"""Of the kinds of backbone those that the fast tests take: between them they have all that differs."""
+def slow_but(fast: Collection[Any], params: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, all but the fast ones marked slow."""
+    return [each if each in fast else pytest.param(each, marks=pytest.mark.slow) for each in params]
+
+
+TRIED_FIRST = ("gqa", "qwen2_5_vl")
+"""Of the kinds of backbone those that the fast tests take: grouped heads with MLP slices, and M-RoPE with images of any size."""
 
 
 @pytest.fixture(
     scope="session",
-    params=[name if name in TRIED_FIRST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
+    params=slow_but(TRIED_FIRST, KINDS),
 )
 def backbone(request) -> Backbone:
     """Every kind of slot (a head, a group on one key-value head, several heads, part of a group, without the MLP), and

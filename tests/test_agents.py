@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 
 from envs import load_queries
 from maskgym import MaskingVecEnv
+from tests.conftest import slow_but
 from tests.pages import ROOT, blocks
 
 ID = "maskgym/Masking-v0"
@@ -83,10 +84,10 @@ def trains(model):
     return model
 
 
-@pytest.mark.parametrize("observation", ["id", "features"])
-@pytest.mark.parametrize("agent", AGENTS.values(), ids=AGENTS)
+@pytest.mark.parametrize("observation", slow_but(("id",), ["id", "features"]))
+@pytest.mark.parametrize("agent", slow_but(("PPO", "A2C"), AGENTS))
 def test_agents_train(options, agent, observation):
-    trains(agent(MaskingVecEnv.make(2, **options, observation=observation)))
+    trains(AGENTS[agent](MaskingVecEnv.make(2, **options, observation=observation)))
 
 
 def dummy(options):
@@ -114,10 +115,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("agent", [ppo, a2c])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("agent", slow_but(("PPO",), ["PPO", "A2C"]))
+@pytest.mark.parametrize("way", slow_but(("gymnasium.make", "VecNormalize"), WAYS))
 def test_agents_train_on_every_kind_of_environment(options, way, agent):
-    trains(agent(way({**options, "observation": "features"})))
+    trains(AGENTS[agent](WAYS[way]({**options, "observation": "features"})))
 
 
 def test_an_agent_trains_on_what_make_vec_env_makes_of_the_name_alone():

@@ -17,7 +17,7 @@ from policies.learned import ControllerPlanner
 from policies.milliseconds import MillisecondPlanner
 from policies.replies import Planned
 from policies.static.searched import SearchedOrder
-from tests.conftest import build
+from tests.conftest import build, slow_but
 from tests.test_cost import counted
 
 BUDGETS = (0.45, 0.75, 1.0)
@@ -119,7 +119,10 @@ def answered(planner, backbone, encoding, plan, budget, longest):
     return replies[0], flops
 
 
-@pytest.mark.parametrize("policy", [*STATIC, *OWN, *(pytest.param(chain, marks=pytest.mark.slow) for chain in CHAINS)])
+FAST = ("random", "prumerge+:count=budget", "fastv:k=1", "divprune", "two-level", "adallava-h")
+
+
+@pytest.mark.parametrize("policy", slow_but(FAST, (*STATIC, *OWN, *CHAINS)))
 def test_the_charge_is_what_is_computed_and_within_the_budget(source, tmp_path, policy):
     backbone = build()
     planner, met = planner_for(policy, backbone, tmp_path), []

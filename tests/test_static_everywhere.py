@@ -11,7 +11,7 @@ from eval.policies import load_planner
 from policies.baselines import BASELINES
 from policies.projection import budget_flops
 from policies.static import STATIC, TOWER_RULES
-from tests.conftest import build, build_of
+from tests.conftest import build, build_of, slow_but
 from tests.families import BUILDERS
 from tests.test_cost import counted
 
@@ -48,7 +48,7 @@ def planned(policy, backbone):
         return None
 
 
-@pytest.fixture(scope="module", params=[*BUILDERS, "embedded"])
+@pytest.fixture(scope="module", params=slow_but(("embedded",), [*BUILDERS, "embedded"]))
 def place(request, source):
     backbone = build() if request.param == "embedded" else build_of(request.param)
     return backbone, EncodingBank(backbone, source)
