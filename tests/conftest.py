@@ -85,7 +85,7 @@ def slow_but(fast: Collection[Any], params: Iterable[Any]) -> list[Any]:
 
 
 TRIED_FIRST = ("gqa", "qwen2_5_vl")
-"""Of the kinds of backbone those that the fast tests take: grouped heads with MLP slices; M-RoPE, images of any size."""
+"""Of the kinds of backbone those that the fast tests take: grouped heads with MLP slices; M-RoPE, any size."""
 
 
 @pytest.fixture(
