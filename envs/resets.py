@@ -77,4 +77,6 @@ def _checked(options: Any) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     """A Python number in place of NumPy's or torch's, or of an array of one."""
     value = as_python(value)
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return value
