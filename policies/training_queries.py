@@ -84,8 +84,10 @@ class TrainingQueries:
         return failed
 
     def _check(self, number: int, image: Image.Image) -> None:
-        """Raises:
-        InputError: a query that the backbone cannot learn from.
+        """Refuse a query that the backbone cannot learn from.
+
+        Raises:
+            InputError: why.
         """
         id, question, _ = self.queries.text(number)
         if image.size not in self._spans:  # the size alone decides how an image is processed
