@@ -111,6 +111,7 @@ def test_mixed_budgets_in_a_batch_are_singles(run_of, queries, kind):
     assert len({reply.llm_flops for reply in together}) > 6
 
 
+@pytest.mark.slow
 def test_longer_answers_are_spent_on_and_not_planned_for(vlm, queries):
     one, five = (vlm.generate(queries[0].image, queries[0].question, 0.7, max_new_tokens=n) for n in (1, 5))
     assert one.llm_flops == one.spent_llm_flops == five.llm_flops < five.spent_llm_flops
@@ -118,6 +119,7 @@ def test_longer_answers_are_spent_on_and_not_planned_for(vlm, queries):
 
 
 @pytest.mark.parametrize("kind", ["gumbel", "adallava-h"])
+@pytest.mark.slow
 def test_pieces_add_up(run_of, queries, kind):
     vlm = AdaptiveVLM.from_pretrained(run_of(kind))
     for query in queries[6:8]:
@@ -130,6 +132,7 @@ def test_pieces_add_up(run_of, queries, kind):
         assert stream.reply.figures() == whole.figures()
 
 
+@pytest.mark.slow
 def test_unfinished_characters_are_held_back(source):
     """Tokens are single bytes, odd ones the first of two that make a character, even ones the second."""
     backbone = build(seed=1)
@@ -239,6 +242,7 @@ def test_options_of_the_backbone_and_its_name_are_saved(place, run_of, tmp_path)
     assert "\nbase_model: owner/model\n" in model_card("me/mine", backbone, False, ())
 
 
+@pytest.mark.slow
 def test_a_controller_for_other_weights_is_refused(place, run_of, tmp_path):
     """Of the same layout; a controller saved before fingerprints were is taken as it is."""
     other = build(seed=1)

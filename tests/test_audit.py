@@ -57,6 +57,7 @@ def scenes():
     return load_queries("scenes:images=12", "test")
 
 
+@pytest.mark.slow
 def test_each_control_hides_what_it_says(tiny, scenes):
     bank = EncodingBank(tiny, scenes)
     planner = Following(tiny)
@@ -95,6 +96,7 @@ def test_relevance_is_found_where_it_is_and_is_chance_where_it_is_not(tiny, scen
     assert float(blind[1][3]) < 50 and float(blind[1][4]) == pytest.approx(100 * 8 / SIDE**2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
     options = ["--data", "scenes:images=4", "--budgets", "0.5", "--plans", "2"]
     command(monkeypatch, eval_main.main, "audit", "random", *options, "--json", tmp_path / "audit.json")

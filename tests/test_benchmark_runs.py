@@ -93,6 +93,7 @@ def broken_vqav2(made, tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "words"), [(b"no image", "cannot be decoded"), (b"", "cannot be decoded"), (None, "does not exist")]
 )
+@pytest.mark.slow
 def test_images_that_fail_are_skipped_counted_and_named_or_refused(
     monkeypatch, place, made, tmp_path, capsys, content, words
 ):

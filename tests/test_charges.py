@@ -153,6 +153,7 @@ def test_what_ends_an_answer_is_spent_too(monkeypatch, small, source):
 
 
 @pytest.mark.parametrize("policy", ["two-level", "adallava-h", "divprune"])
+@pytest.mark.slow
 def test_limits_in_milliseconds_charge_all_that_was_tried(source, tmp_path, policy):
     backbone = build()
     encoding = EncodingBank(backbone, source).gather([2])

@@ -131,6 +131,7 @@ def test_other_addresses_are_not_listened_on(address):
         pass
 
 
+@pytest.mark.slow
 def test_sides_are_remembered_by_image_question_and_budget(tiny):
     comparison = Comparison("even", tiny)
     query, other = (Query("u", triangle(), f"what {word} is the shape?", image_key="t") for word in ("color", "size"))

@@ -19,6 +19,7 @@ def options(small, source, **more):
     return {"backbone": small, "data": source, "budgets": (0.3, 1.0), **more}
 
 
+@pytest.mark.slow
 def test_made_by_name_from_plain_data(tiny):
     env = gymnasium.make("maskgym/Masking-v0", backbone="tiny", data="easy-vqa", reward="accuracy-flops")
     observation, _ = env.reset(seed=1)

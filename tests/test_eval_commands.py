@@ -38,6 +38,7 @@ def full_ms(place, file):
     return LatencyModel.load(file).predict(backbone, encoding, backbone.full(encoding))
 
 
+@pytest.mark.slow
 def test_timing_adds_times_and_changes_nothing_else(monkeypatch, place, tmp_path, capsys):
     policies = ["full", "random", "--budgets", "0.6", "1.0"]
     plain = run(monkeypatch, place, tmp_path, *policies)

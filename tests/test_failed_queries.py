@@ -376,6 +376,7 @@ def test_a_training_goes_on_without_what_fails_and_resumes_exactly(
 
 
 @pytest.mark.parametrize("training", ["rl", "gumbel", "backbone"])
+@pytest.mark.slow
 def test_a_training_ends_where_more_fails_than_may(monkeypatch, place, broken, tmp_path, capsys, training):
     script, _, _, options = TRAININGS[training]
     where = ["--backbone", place / "vlm", "--data", broken, "--out", tmp_path / "run"]
@@ -418,6 +419,7 @@ def test_what_was_mended_is_used_by_a_resumed_environment(small, source, broken_
     ["audit even --plans 2 --budgets 0.7", "elasticity --plans 2 --oracle-queries 4", "search-static --tries 2 --out"],
     ids=lambda options: options.split()[0],
 )
+@pytest.mark.slow
 def test_other_commands_leave_out_what_fails(monkeypatch, place, broken, tmp_path, capsys, options):
     # what the question alone says takes long, and shows no image
     monkeypatch.setattr(eval_main, "question_only_accuracy", lambda *_, **__: np.zeros(1))

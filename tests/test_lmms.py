@@ -127,6 +127,7 @@ def test_what_cannot_be_opened(run, options, message):
         opened(run, **options)
 
 
+@pytest.mark.slow
 def test_answers_and_figures_are_those_of_the_vlm_in_the_order_asked(run, vlm):
     """Requests of two lengths alternate, so that batches are not in the order asked; figures are equal to singles'."""
     lengths = [5, 2] * 6

@@ -217,6 +217,7 @@ def test_a_session_in_a_locale_of_ascii(place, tmp_path):
 @pytest.mark.parametrize(
     "name", ["with blanks", '"quo\'ted"', "of\nlines", "-dashed", "x" * 200, "50 %|$x_$", "ünï", "\x1b[31mred"]
 )
+@pytest.mark.slow
 def test_a_run_may_be_called_anything(monkeypatch, desk, tmp_path, capsys, name):
     copytree(desk["run"], tmp_path / name)
     monkeypatch.chdir(tmp_path)

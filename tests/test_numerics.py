@@ -53,6 +53,7 @@ class Later:
         return values
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_not_finite_names_step_and_query(monkeypatch, place, tmp_path, capsys):
     monkeypatch.setitem(globals(), "later", Later())
     error = fails(capsys, train, monkeypatch, place, tmp_path / "run", "--reward", f"{SELF}:later")
@@ -83,6 +84,7 @@ def test_ppo_stops_before_the_update(monkeypatch, place, tmp_path, capsys, kind)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradients"])
+@pytest.mark.slow
 def test_relaxed_training_stops_before_the_update(monkeypatch, place, tmp_path, capsys, kind):
     step = train_gumbel.Trainer.step
 

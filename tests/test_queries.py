@@ -9,6 +9,7 @@ from envs.queries import DatasetQueries, load_queries
 from tests.conftest import build, make_dataset
 
 
+@pytest.mark.slow
 def test_easy_vqa_has_its_official_splits():
     train, validation, test = (load_queries("easy-vqa", split) for split in ("train", "validation", "test"))
     assert len(test) == 9673

@@ -40,6 +40,7 @@ def draw(seed):
 
 
 @pytest.mark.parametrize("seed", range(16))
+@pytest.mark.slow
 def test_drawn_layouts_are_exact(seed):
     backbone = draw(seed)
     rows = make_dataset(6, seed)

@@ -50,6 +50,7 @@ def test_it_is_evaluated_as_its_run_is(monkeypatch, place, tmp_path, made):
     assert [figures(record) for record in beside] == [figures(of_run[0])] * 3
 
 
+@pytest.mark.slow
 def test_the_options_of_its_vlm_are_kept(monkeypatch, place, tmp_path, made):
     """The null: without them the plans have another price."""
     queries = load_queries(str(place / "data"), "test")

@@ -22,12 +22,14 @@ def rows():
     return list(generate("train", 64, ROWS, 0))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(rows):
     assert list(generate("train", 64, ROWS, 0)) == rows
     other = list(generate("train", 64, ROWS, 1))
     assert all(one["image"] != two["image"] for one, two in zip(rows[::8], other[::8], strict=True))
 
 
+@pytest.mark.slow
 def test_splits_share_no_image(rows):
     splits = [rows, *(list(generate(split, 64, ROWS, 0)) for split in ("validation", "test"))]
     images = [{row["image"]["bytes"] for row in split} for split in splits]

@@ -30,6 +30,7 @@ def made(small, source, tmp_path_factory):
     return found, file, batches
 
 
+@pytest.mark.slow
 def test_every_unit_that_may_leaves_once(made, small):
     found, _, _ = made
     left = sorted(number for unit in found.order for number in unit)
@@ -39,6 +40,7 @@ def test_every_unit_that_may_leaves_once(made, small):
     assert np.all(np.diff([1.0, *found.flops]) <= 0) and found.queries == 12
 
 
+@pytest.mark.slow
 def test_the_first_to_leave_is_the_best_by_brute_force(small, source):
     """With as many tries as units, each step takes the least divergence per FLOP saved."""
     encoding = EncodingBank(small, source).gather(range(8))

@@ -30,6 +30,7 @@ def test_offline_without_a_key(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_report_is_sent_whole(tmp_path, monkeypatch):
     """Tables with their head, the page as it is, figures in the summary, images; all without a network."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -156,6 +156,7 @@ def check_loaded(folder, with_adapters):
     assert torch.allclose(ours, theirs, atol=1e-4) and (ours - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_a_plain_model(monkeypatch, families, data, tmp_path):
     options = "--lora-rank 2 --merge --steps 2 --plain-share 0 --images 4 --warmup 1 --validate-every 2"
     run(monkeypatch, "--backbone", families / "llava", "--data", data, "--out", tmp_path / "run", *options.split())
