@@ -267,12 +267,9 @@ class RunJournal:
         """Whether one is due; asking settles it, however many have been passed: a resumed run asks again."""
         due = queries >= self.next_validation
         if due:
-            self._validated(queries)
+            every = self.config.validate_every
+            self.next_validation = (queries // every + 1) * every
         return due
-
-    def _validated(self, queries: int) -> None:
-        every = self.config.validate_every
-        self.next_validation = (queries // every + 1) * every
 
     def due_checkpoint(self, queries: int) -> bool:
         """Whether one is due; asking settles it."""
@@ -293,13 +290,12 @@ class RunJournal:
             "lines": self.lines,
             "next_validation": self.next_validation,
             "next_checkpoint": self.next_checkpoint,
-            "validated": self.validated,
             "settling": self.settling.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from there; later lines are dropped."""
-        self.lines, self.validated = state["lines"], state.get("validated")
+        self.lines = state["lines"]
         if "settling" in state:  # not in checkpoints of earlier versions
             self.settling.load_state(state["settling"])
         if self.folder.other_length is not None:
@@ -307,8 +303,7 @@ class RunJournal:
         self.next_validation, self.next_checkpoint = state["next_validation"], state["next_checkpoint"]
         self.folder.truncate_metrics(self.lines)
         last = self.folder.metrics()[-1:]
-        if last and "validation" in last[0]:  # at the end of a run that now goes on for longer, none was due
-            self._validated(last[0]["queries"])
+        self.validated = last[0]["queries"] if last and "validation" in last[0] else None
         timing = self.folder.timing()
         self.clock.go_on_from(timing[-1] if timing else {"seconds": 0.0})
 
