@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations, product
 
 SHAPES = ("circle", "square", "triangle")
@@ -23,7 +25,7 @@ class Object:
     x: float
     y: float
 
-    @property
+    @cached_property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
 
@@ -63,7 +65,8 @@ Asker = Callable[[list[Object]], list[Question]]
 
 def named_once(objects: list[Object]) -> list[Object]:
     """The objects whose colour and shape no other has."""
-    return [o for o in objects if sum(other.name == o.name for other in objects) == 1]
+    names = Counter(o.name for o in objects)
+    return [o for o in objects if names[o.name] == 1]
 
 
 def yes_no(value: bool) -> str:
@@ -126,21 +129,22 @@ def compare(objects: list[Object]) -> list[Question]:
     return questions
 
 
-SIDES = ("left of", "right of", "above", "below")
+SIDES = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}
+"""By side: the coordinate that tells, and whether it falls or rises that way."""
 
 
 def gap(o: Object, anchor: Object, side: str) -> float:
     """How far ``o`` lies on that side of ``anchor``, in image sides; negative on the other side."""
-    across, down = o.x - anchor.x, o.y - anchor.y
-    return {"left of": -across, "right of": across, "above": -down, "below": down}[side]
+    axis, sign = SIDES[side]
+    return sign * (getattr(o, axis) - getattr(anchor, axis))
 
 
 def relation(objects: list[Object]) -> list[Question]:
     """Whether one thing is left of, right of, above or below another; never asked where it is close."""
     return [
-        make("relation", f"is the {{a}} {side} the {{b}}?", yes_no(gap(a, b, side) > 0), (a, b), a=a.name, b=b.name)
+        make("relation", f"is the {{a}} {side} the {{b}}?", yes_no(far > 0), (a, b), a=a.name, b=b.name)
         for (a, b), side in product(permutations(named_once(objects), 2), SIDES)
-        if abs(gap(a, b, side)) >= APART
+        if abs(far := gap(a, b, side)) >= APART
     ]
 
 

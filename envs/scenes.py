@@ -242,7 +242,7 @@ def render(objects: list[Object], size: int, rng: np.random.Generator, layout: L
         (x, y), (dx, dy) = rng.uniform(0, scale, 2), rng.normal(0, scale / 10, 2)
         draw.line((x, y, x + dx, y + dy), fill=(150, 150, 150), width=max(2, scale // 64))
     for o in objects:
-        color = tuple(int(np.clip(value + rng.normal(0, 10), 0, 255)) for value in PALETTE[o.color])
+        color = tuple(int(min(255, max(0, value + rng.normal(0, 10)))) for value in PALETTE[o.color])
         _draw(draw, o, scale, layout.radii[o.size] * scale, color)
     pixels = np.array(image.resize((size, size), Image.Resampling.BOX))
     specks = rng.random((size, size)) < 0.02
