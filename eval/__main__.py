@@ -27,7 +27,7 @@ from eval.experiment.command import Experiment
 from eval.failures import working
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
-from eval.question_only import question_only_accuracy
+from eval.question_only import QuestionOnly, question_only_accuracy
 from eval.scale_out import ScaleOut
 from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
@@ -298,6 +298,7 @@ Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Latency, tyro.conf.subcommand("latency")]
     | Annotated[Elasticity, tyro.conf.subcommand("elasticity")]
+    | Annotated[QuestionOnly, tyro.conf.subcommand("question-only")]
     | Annotated[Gradients, tyro.conf.subcommand("gradients")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[SearchStatic, tyro.conf.subcommand("search-static")]
