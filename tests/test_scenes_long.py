@@ -16,6 +16,7 @@ from envs import load_queries, scenes, scenes_long
 from envs.scene_questions import COLORS, SHAPES
 from envs.scene_sentences import CLEAR, SENTENCE_ASKERS
 from envs.scenes_long import LAYOUT, SHORT_ASKERS, ask, scene
+from tests.pages import ROOT
 from tests.test_scenes import answer_by_hand
 
 KINDS = {**SHORT_ASKERS, **SENTENCE_ASKERS}
@@ -235,6 +236,12 @@ def test_one_scene_can_be_asked_many_questions():
         assert len({question.text for question in many}) == 24
         assert sum(question.kind in SHORT_ASKERS for question in many) == 12
         assert sum(counts[kind] for kind in KINDS) == 24
+
+
+def test_the_page_shows_what_is_made():
+    page = (ROOT / "docs" / "data.md").read_text()
+    rows = list(scenes_long.generate("test", 64, 10, 0))[-8:]
+    assert all(f"| {row['type']} | {row['question']} | {row['answers'][0]} |" in page for row in rows)
 
 
 def test_they_load_as_queries_with_options(monkeypatch, tmp_path):
