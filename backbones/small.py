@@ -85,7 +85,8 @@ def assemble(
         vision: settings of the CLIP tower.
     """
     tokenizer: Any = processor.tokenizer
-    text, words = language_model.config, language_model.get_input_embeddings().weight
+    text: Any = language_model.config
+    words: Any = language_model.get_input_embeddings().weight
     text.vocab_size = len(tokenizer)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
