@@ -26,7 +26,7 @@ IMAGE_TOKEN = "<image>"
 IMAGE_SIZE, PATCH_SIZE = 128, 16
 """Pixels of a side: 64 visual tokens."""
 
-VISION = {
+VISION: dict[str, Any] = {
     "image_size": IMAGE_SIZE,
     "patch_size": PATCH_SIZE,
     "hidden_size": 192,
@@ -64,7 +64,7 @@ def build_small(seed: int = 0, file: Path | None = None) -> tuple[LlavaForCondit
     processor = build_processor(load_tokenizer(path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return assemble(load_language_model(path), processor, VISION), processor
+        return assemble(load_language_model(path), processor), processor
 
 
 def build_processor(tokenizer: Any) -> LlavaProcessor:
@@ -73,28 +73,25 @@ def build_processor(tokenizer: Any) -> LlavaProcessor:
     return llava_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE, CHAT_TEMPLATE)
 
 
-def assemble(
-    language_model: LlamaForCausalLM, processor: LlavaProcessor, vision: dict[str, Any]
-) -> LlavaForConditionalGeneration:
+def assemble(language_model: LlamaForCausalLM, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """A LLaVA of a language model, with a random vision tower and projector.
 
     Args:
         language_model: its word embeddings are the weights of its head, too; the tokens that only the processor
             has get rows of zeros there.
         processor: whose tokenizer is the language model's, with the token for images.
-        vision: settings of the CLIP tower.
     """
     tokenizer: Any = processor.tokenizer
     text: Any = language_model.config
     words: Any = language_model.get_input_embeddings().weight
     text.vocab_size = len(tokenizer)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
+        vision_config=CLIPVisionConfig(**VISION),
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         tie_word_embeddings=True,
     )
     model: Any = LlavaForConditionalGeneration(config).eval()

@@ -9,11 +9,11 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
+from backbones import smollm2
 from backbones.atomic import cannot_write, whole_folder
 from backbones.errors import InputError, first_line
-from backbones.small import VISION, assemble, build_processor
+from backbones.small import assemble, build_processor
 from backbones.small_deltas import apply_deltas, delta_files, digest
-from backbones.smollm2 import SHA256, find_file, load_language_model, load_tokenizer
 
 CONVERSION = 1
 """To be raised when the same parts make another model than before."""
@@ -44,7 +44,7 @@ def converted(deltas: Path, name: str) -> Path:
     """
     files = delta_files(deltas, name)
     try:
-        made_of = f"{CONVERSION}-{SHA256[:8]}-{digest(files)[:16]}"
+        made_of = f"{CONVERSION}-{smollm2.SHA256[:8]}-{digest(files)[:16]}"
     except (OSError, ValueError) as error:
         raise InputError(f"backbone {name!r} could not be read ({first_line(error)}); check the folder") from error
     folder = cache_home() / "small" / made_of / "model"
@@ -62,16 +62,16 @@ def converted(deltas: Path, name: str) -> Path:
 
 def _make(folder: Path, files: list[Path], name: str) -> None:
     """Put the model together and save it, with a bar of progress on standard error."""
-    path, free = find_file(), shutil.disk_usage(folder.parent).free
+    path, free = smollm2.find_file(), shutil.disk_usage(folder.parent).free
     if free < NEEDED:
         raise InputError(
             f"{str(folder)!r} needs {NEEDED >> 20} MB of disk, {free >> 20} MB are free; make room, or name another "
             "place in the environment variable MASKGYM_CACHE"
         )
-    with tqdm(total=4, desc=f"{name}, once", unit="part") as bar, whole_folder(folder) as unfinished:
-        processor = build_processor(load_tokenizer(path))
+    with tqdm(total=4, desc=f"{Path(name).name}, once", unit="part") as bar, whole_folder(folder) as unfinished:
+        processor = build_processor(smollm2.load_tokenizer(path))
         bar.update()
-        model = assemble(load_language_model(path), processor, VISION)
+        model = assemble(smollm2.load_language_model(path), processor)
         bar.update()
         apply_deltas(model, files, name)
         bar.update()

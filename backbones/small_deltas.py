@@ -133,25 +133,31 @@ def _read(files: list[Path], name: str) -> dict[str, Tensor]:
 
 def _check(tensors: dict[str, Tensor], model: Any, name: str) -> None:
     """Refuse other tensors than the model's, or tensors of other shapes."""
-    shapes = _shapes(model, rank=tensors["lora.q_proj.A"].shape[1] if "lora.q_proj.A" in tensors else 1)
-    for key in sorted(shapes.keys() | tensors.keys()):
-        if key not in tensors or key not in shapes:
-            problem = f"no tensor {key!r}" if key in shapes else f"a tensor {key[:80]!r}, which the model does not have"
-        elif tuple(tensors[key].shape) != shapes[key]:
-            problem = f"{key!r} of shape {tuple(tensors[key].shape)}, not {shapes[key]}"
-        elif not tensors[key].is_floating_point() or not bool(tensors[key].isfinite().all()):
-            problem = f"{key!r} with values that are no finite floating-point numbers"
-        else:
-            continue
-        raise InputError(f"backbone {name!r} has {problem}; save its deltas again")
+    shapes = _shapes(model, tensors)
+    missing, strange = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing:
+        raise _misfit(name, f"no tensor {missing[0]!r}")
+    if strange:
+        raise _misfit(name, f"a tensor {strange[0][:80]!r}, which the model does not have")
+    for key, tensor in sorted(tensors.items()):
+        if tuple(tensor.shape) != shapes[key]:
+            raise _misfit(name, f"{key!r} of shape {tuple(tensor.shape)}, not {shapes[key]}")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise _misfit(name, f"{key!r} with values that are no finite floating-point numbers")
 
 
-def _shapes(model: Any, rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's deltas."""
+def _misfit(name: str, problem: str) -> InputError:
+    return InputError(f"backbone {name!r} has {problem}; save its deltas again")
+
+
+def _shapes(model: Any, tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's deltas, where these have the ranks."""
     decoder = model.model.language_model
     layers, hidden = len(decoder.layers), len(decoder.norm.weight)
     shapes: dict[str, tuple[int, ...]] = {key: tuple(weight.shape) for key, weight in _whole(model)}
     for kind, linear in _projections(decoder.layers[0]):
+        a = tensors.get(f"lora.{kind}.A", torch.empty(0))
+        rank = a.shape[1] if a.dim() == 3 else 1
         shapes[f"lora.{kind}.A"] = (layers, rank, linear.in_features)
         shapes[f"lora.{kind}.B"] = (layers, linear.out_features, rank)
     return shapes | {"norm.input": (layers, hidden), "norm.post": (layers, hidden), "norm.final": (hidden,)}

