@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGUFWriter
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from backbones import smollm2
+from backbones import Query, smollm2
 
 LAYERS, WIDTH, HEADS, GROUPS, MLP = 2, 36, 9, 3, 45
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -123,3 +124,9 @@ def write_deltas(folder: Path, tensors: dict[str, Tensor]) -> Path:
         save_file({name: tensors[name] for name in part}, folder / f"part-{number}.safetensors")
     (folder / "deltas.json").write_text('{"base": "smollm2"}')
     return folder
+
+
+def asked(count: int) -> list[Query]:
+    """Questions about images of several shapes."""
+    images = [Image.new("RGB", (30 + 50 * number, 80), (90 * number, 40, 200)) for number in range(count)]
+    return [Query(f"q{number}", image, f"is there a red circle {number}?") for number, image in enumerate(images)]

