@@ -49,7 +49,7 @@ def find_file() -> Path:
 def load_language_model(path: Path) -> LlamaForCausalLM:
     """The published model, its weights as float32; its config says nothing more of the file."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     return model.eval()
 
 
