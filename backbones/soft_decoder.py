@@ -75,8 +75,8 @@ def soft_answer_logits(
     answers: Sequence[list[int]],
     midway: SoftMidway | None = None,
 ) -> Tensor:
-    """Logits (T, V) at the places that predict each answer's tokens and its end, row after row, in the gates' type where
-    that is finer; differentiable.
+    """Logits (T, V) at the places that predict each answer's tokens and its end, row after row, in the
+    gates' type where that is finer; differentiable.
 
     Args:
         backbone: runs the whole model.

@@ -1,13 +1,16 @@
-"""Batches of one query each under a plan of its own: their prefill, the controller that chooses the plans, launches."""
+"""Batches whose rows are under plans of their own: their prefill, the controller that chooses plans, launches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from backbones.backbone import Backbone
+from backbones.encoding import Encoding
+from backbones.masks import Masks
 from eval.bench_engine import hugging_face, prefill
 from eval.bench_shapes import encode_noise
 from eval.latency import interleaved
@@ -29,17 +32,15 @@ def batch_times(backbone: Backbone, rows: int, seconds: float) -> dict[str, Any]
         seconds: to spend on repeats.
 
     Returns:
-        Medians in milliseconds, ``over_full`` and ``over_hf``, ``speedup_over_cut``, and by kind what the random
-        plans' prefill launches (``eval.launches``).
+        Medians in milliseconds; the random plans' share of the LLM FLOPs, and the figures as ``eval.bench_plans`` names
+        them.
     """
     encoding = encode_noise(backbone, rows)
-    budgets_B = _budgets(backbone, rows)
-    masks = random_plans(backbone, encoding, budgets_B, torch.Generator().manual_seed(0))
-    mixed = partial(prefill, backbone, encoding, masks)
+    masks = _mixed(backbone, encoding)
     sides = {
         "hf": partial(hugging_face, backbone, encoding),
         "full": partial(prefill, backbone, encoding, backbone.full(encoding)),
-        "mixed": mixed,
+        "mixed": partial(prefill, backbone, encoding, masks),
     }
     times = interleaved(sides, REPEATS, backbone.device, seconds=seconds)
     share = float(backbone.cost(encoding, masks).llm.sum() / backbone.full_llm_flops(encoding).sum())
@@ -48,9 +49,8 @@ def batch_times(backbone: Backbone, rows: int, seconds: float) -> dict[str, Any]
         "share": share,
         **{f"{name}_ms": 1000 * taken for name, taken in times.items()},
         "full_over_hf": times["full"] / times["hf"],
-        "over_full": times["mixed"] / times["full"],
+        "mixed_over_full": times["mixed"] / times["full"],
         "speedup_over_cut": times["full"] / times["mixed"] * share,
-        **count_launches(mixed, backbone.device),
     }
 
 
@@ -63,15 +63,11 @@ def controller_times(backbone: Backbone, rows: int, seconds: float) -> dict[str,
         seconds: to spend on repeats.
 
     Returns:
-        Medians in milliseconds, the controller's over both, and by kind what it launches (``eval.launches``).
+        Medians in milliseconds, and the controller's over both.
     """
-    torch.manual_seed(0)
-    config = ControllerConfig.for_layout(backbone.layout, backbone.hidden, rule="fill")
-    planner = ControllerPlanner(TwoLevelController(config), backbone, "untrained")
     encoding = encode_noise(backbone, rows)
-    budgets_B = torch.full((rows,), 0.5, dtype=torch.float64, device=backbone.device)
-    plan = partial(planner.plan, encoding, budgets_B)
-    sides = {
+    plan = _choosing(backbone, encoding)
+    sides: dict[str, Callable[[], object]] = {
         "controller": plan,
         "planned": partial(prefill, backbone, encoding, plan()),
         "full": partial(prefill, backbone, encoding, backbone.full(encoding)),
@@ -83,11 +79,36 @@ def controller_times(backbone: Backbone, rows: int, seconds: float) -> dict[str,
         "controller_over_planned": times["controller"] / times["planned"],
         "controller_over_full": times["controller"] / times["full"],
         "planned_over_full": times["planned"] / times["full"],
-        **count_launches(plan, backbone.device),
     }
 
 
-def _budgets(backbone: Backbone, rows: int) -> torch.Tensor:
-    """(rows,) shares from 0.3 to 0.9, in a mixed order."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    return torch.linspace(0.3, 0.9, rows, dtype=torch.float64)[order].to(backbone.device)
+def launches(backbone: Backbone, batches: Sequence[int]) -> list[dict[str, Any]]:
+    """What the prefills of full and of random plans, and the controller, launch for batches of so many rows
+    (``eval.launches``)."""
+    found = []
+    for rows in batches:
+        encoding = encode_noise(backbone, rows)
+        calls: dict[str, Callable[[], object]] = {
+            "full": partial(prefill, backbone, encoding, backbone.full(encoding)),
+            "mixed": partial(prefill, backbone, encoding, _mixed(backbone, encoding)),
+            "controller": _choosing(backbone, encoding),
+        }
+        for name, call in calls.items():
+            call()
+            found.append({"call": name, "rows": rows, **count_launches(call, backbone.device)})
+    return found
+
+
+def _mixed(backbone: Backbone, encoding: Encoding) -> Masks:
+    """Random plans, at budgets spread over 0.3 to 0.9."""
+    budgets_B = torch.linspace(0.3, 0.9, len(encoding), dtype=torch.float64)
+    return random_plans(backbone, encoding, budgets_B, torch.Generator().manual_seed(0))
+
+
+def _choosing(backbone: Backbone, encoding: Encoding) -> Callable[[], Masks]:
+    """What lets an untrained controller choose plans at half the FLOPs."""
+    torch.manual_seed(0)
+    config = ControllerConfig.for_layout(backbone.layout, backbone.hidden, rule="fill")
+    planner = ControllerPlanner(TwoLevelController(config), backbone, "untrained")
+    budgets_B = torch.full((len(encoding),), 0.5, dtype=torch.float64, device=backbone.device)
+    return partial(planner.plan, encoding, budgets_B)

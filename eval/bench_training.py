@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -119,12 +121,25 @@ class _RolloutClock(BaseCallback):
         self.rollouts.append(self._lap())
 
 
-def gumbel_speed(backbone: Backbone, seconds: float, rows: int = 4) -> dict[str, Any]:
-    """Gradient steps of Gumbel straight-through on batches of ``rows`` queries, until the time is over.
+def gumbel_speed(backbone: Backbone, seconds: float, batches: Sequence[int] = (8, 4, 2, 1)) -> dict[str, Any]:
+    """Gradient steps of Gumbel straight-through on the first of these batch sizes that there is memory for, until the
+    time is over.
 
     Returns:
-        ``plans_per_second`` in all, ``step_seconds`` (median) and ``peak_memory_mb``.
+        ``rows`` of the batch, ``plans_per_second``, ``step_seconds`` (median) and ``peak_memory_mb``.
+
+    Raises:
+        OutOfMemoryError: not even for the last one.
     """
+    for rows in batches[:-1]:
+        with suppress(torch.OutOfMemoryError):
+            return _gumbel_speed(backbone, seconds, rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return _gumbel_speed(backbone, seconds, batches[-1])
+
+
+def _gumbel_speed(backbone: Backbone, seconds: float, rows: int) -> dict[str, Any]:
     torch.manual_seed(0)
     controller = TwoLevelController(ControllerConfig.for_layout(backbone.layout, backbone.hidden, rule="fill"))
     learner = RelaxedLearner(Decider(controller.to(backbone.device), backbone), RelaxationSettings())

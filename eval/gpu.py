@@ -19,9 +19,9 @@ import transformers
 from backbones import Backbone, atomic, load_backbone
 from backbones.errors import InputError
 from backbones.time_limit import within
-from eval.bench_batches import batch_times, controller_times
-from eval.bench_exact import in_both_types
-from eval.bench_plans import plan_times
+from eval.bench_batches import batch_times, controller_times, launches
+from eval.bench_exact import exactness, in_both_types
+from eval.bench_plans import prefill_times, token_times
 from eval.bench_shapes import llava_7b
 from eval.bench_training import gumbel_speed, ppo_speed
 from eval.latency import device_name, peak_bytes
@@ -66,7 +66,8 @@ class Machine:
     def environment(self) -> Result:
         """Device and versions."""
         device = torch.device(self.device)
-        found = {"device": device_name(device), "torch": torch.__version__, "transformers": transformers.__version__}
+        found: Result = {"device": device_name(device)}
+        found |= {"torch": torch.__version__, "transformers": transformers.__version__}
         if device.type == "cuda":
             found["memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
         return found
@@ -90,12 +91,15 @@ class Step:
 
 
 STEPS: dict[str, Step] = {
-    "exact": Step(0.1, lambda machine, seconds: machine.exact()),
-    "plans": Step(0.25, lambda machine, seconds: plan_times(machine.open, seconds)),
+    "exact": Step(0.0, lambda machine, seconds: machine.exact()),
+    "prefill": Step(0.12, lambda machine, seconds: prefill_times(machine.open, seconds)),
+    "tokens": Step(0.18, lambda machine, seconds: token_times(machine.open, seconds)),
     "batch-8": Step(0.08, lambda machine, seconds: batch_times(machine.guarded, 8, seconds)),
     "batch-32": Step(0.12, lambda machine, seconds: batch_times(machine.guarded, 32, seconds)),
     "controller-1": Step(0.05, lambda machine, seconds: controller_times(machine.guarded, 1, seconds)),
     "controller-32": Step(0.08, lambda machine, seconds: controller_times(machine.guarded, 32, seconds)),
+    "exact-7b": Step(0.0, lambda machine, seconds: exactness(machine.guarded)),
+    "launches": Step(0.0, lambda machine, seconds: launches(machine.guarded, (1, 8, 32))),
     "ppo": Step(0.3, lambda machine, seconds: ppo_speed(machine.guarded, seconds)),
     "gumbel": Step(0.4, lambda machine, seconds: gumbel_speed(machine.guarded, seconds)),
 }
@@ -109,9 +113,9 @@ LEAST = 3.0
 class Gpu:
     """Measure on one GPU what this project claims: exactness, the time of plans, batches, the controller, trainings.
 
-    Models are of LLaVA-1.5-7B's shape with random weights in bfloat16 (14 GB; 80 GB for all steps). Each step writes its
-    figures, or why it has none, to a file of its own as soon as it is done; with the same --out, steps that have
-    figures are not repeated.
+    Models are of LLaVA-1.5-7B's shape with random weights in bfloat16 (14 GB; all steps take up to 80 GB). Each
+    step writes its figures, or why it has none, to a file of its own as soon as it is done; with the same --out, steps
+    that have figures are not repeated.
 
     Example: python -m eval gpu --out results/gpu --seconds 150
     """
@@ -131,9 +135,7 @@ class Gpu:
         print(table(measure(Machine(self.device), self.out, self.seconds)))
 
 
-def measure(
-    machine: Machine, out: Path, seconds: float, steps: Mapping[str, Step] = STEPS
-) -> dict[str, Result]:
+def measure(machine: Machine, out: Path, seconds: float, steps: Mapping[str, Step] = STEPS) -> dict[str, Result]:
     """Take the steps that ``out`` has no figures of, as long as there is time.
 
     Args:
@@ -143,8 +145,8 @@ def measure(
         steps: by name, in order.
 
     Returns:
-        By step: ``figures``, with ``seconds`` and ``peak_memory_mb``; or ``error`` with the end of its ``traceback``; or
-        ``skipped`` and why.
+        By step: ``figures``, with ``seconds`` and ``peak_memory_mb``; or ``error`` with the end of its ``traceback``;
+        or ``skipped`` and why.
     """
     end = time.perf_counter() + seconds
     _make(out)

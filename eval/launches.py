@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from eval.latency import synchronise
@@ -32,7 +31,7 @@ def _trace(call: Callable[[], object], device: torch.device) -> dict[str, int]:
     with profile(activities=activities) as profiler:
         call()
         synchronise(device)
-    return counted((event.name, event.device_type == DeviceType.CUDA) for event in profiler.events() or [])
+    return counted((event.name, event.device_type.name == "CUDA") for event in profiler.events() or [])
 
 
 def counted(events: Iterable[tuple[str, bool]]) -> dict[str, int]:

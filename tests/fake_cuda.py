@@ -121,8 +121,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         return module
 
     nothing = {
-        name: mock.DEFAULT
-        for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "max_memory_allocated")
+        name: mock.DEFAULT for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "max_memory_allocated")
     }
     with (
         mock.patch.object(nn.Parameter, "__new__", made),
