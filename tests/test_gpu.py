@@ -65,10 +65,10 @@ def test_the_engine_bench_runs_on_cuda(part):
 
 
 @pytest.mark.slow
-def test_the_other_benches_run_on_cuda():
+def test_the_other_benches_run_on_cuda(place):
     with fake_cuda():
         assert all(value > 0 for _, value in first_token_figures(narrow().open, repeats=1, keep=4))
-        figures = bench_environment(load_backbone("tiny", device="cuda"), "scenes", rows=4, repeats=1)
+        figures = bench_environment(load_backbone("tiny", device="cuda"), str(place / "data"), rows=4, repeats=1)
         assert all(figure["value"] > 0 for figure in figures)
 
 
