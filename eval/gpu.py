@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -64,13 +65,28 @@ class Machine:
         return [{"model": name, **row} for name, make in made.items() for row in in_both_types(make())]
 
     def environment(self) -> Result:
-        """Device and versions."""
+        """Device and versions; on a GPU memory in gigabytes (10^9 bytes), driver, and clocks in MHz."""
         device = torch.device(self.device)
         found: Result = {"device": device_name(device)}
         found |= {"torch": torch.__version__, "transformers": transformers.__version__}
         if device.type == "cuda":
             found["memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
+            found |= nvidia_smi("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem")
         return found
+
+
+def nvidia_smi(*names: str) -> dict[str, str]:
+    """What the driver says of the first GPU, by name, without units; nothing, where it cannot be asked.
+
+    Args:
+        names: of ``nvidia-smi --help-query-gpu``; they are read, nothing is set.
+    """
+    query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, (part.strip() for part in said.split(",")), strict=False))
 
 
 def _guarded(backbone: Backbone) -> Backbone:
@@ -91,6 +107,7 @@ class Step:
 
 
 STEPS: dict[str, Step] = {
+    "environment": Step(0.0, lambda machine, seconds: machine.environment()),
     "exact": Step(0.0, lambda machine, seconds: machine.exact()),
     "prefill": Step(0.12, lambda machine, seconds: prefill_times(machine.open, seconds)),
     "tokens": Step(0.18, lambda machine, seconds: token_times(machine.open, seconds)),
@@ -145,12 +162,11 @@ def measure(machine: Machine, out: Path, seconds: float, steps: Mapping[str, Ste
         steps: by name, in order.
 
     Returns:
-        By step: ``figures``, with ``seconds`` and ``peak_memory_mb``; or ``error`` with the end of its ``traceback``;
-        or ``skipped`` and why.
+        By step: ``figures``, or ``error`` with the end of its ``traceback``, both with ``seconds``, ``peak_memory_mb``
+        and, on a GPU, its clock just after, ``clocks.sm`` in MHz; or ``skipped`` and why.
     """
     end = time.perf_counter() + seconds
     _make(out)
-    atomic.write_json(out / "environment.json", machine.environment())
     results = {}
     for name, step in steps.items():
         file = out / f"{name}.json"
@@ -188,8 +204,8 @@ def _taken(step: Step, machine: Machine, left: float) -> Result:
     except Exception as error:
         tail = traceback.format_exception(error)[-6:]
         result = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(tail).splitlines()[-12:]}
-    taken = {"seconds": round(time.perf_counter() - began, 1)}
-    return {**result, **taken, "peak_memory_mb": round(peak_bytes(device) / 1e6)}
+    taken = {"seconds": round(time.perf_counter() - began, 1), "peak_memory_mb": round(peak_bytes(device) / 1e6)}
+    return {**result, **taken, **(nvidia_smi("clocks.sm") if device.type == "cuda" else {})}
 
 
 def _free(device: torch.device) -> None:
@@ -202,7 +218,7 @@ def _free(device: torch.device) -> None:
 
 def _outcome(result: Result) -> str:
     if "figures" in result:
-        return f"{result['seconds']} s"
+        return f"{result['seconds']} s, {result['peak_memory_mb']:,} MB at most"
     return f"skipped, {result['skipped']}" if "skipped" in result else result["error"]
 
 
