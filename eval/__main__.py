@@ -25,6 +25,7 @@ from eval.demo.command import Demo
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.experiment.command import Experiment
 from eval.failures import working
+from eval.gpu import Gpu
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
 from eval.question_only import QuestionOnly, question_only_accuracy
@@ -306,6 +307,7 @@ Command = (
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Gpu, tyro.conf.subcommand("gpu")]
     | Annotated[ScaleOut, tyro.conf.subcommand("scale-out")]
 )
 
