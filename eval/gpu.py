@@ -132,7 +132,7 @@ class Gpu:
 
     Models are of LLaVA-1.5-7B's shape with random weights in bfloat16 (14 GB; all steps take up to 80 GB). Each
     step writes its figures, or why it has none, to a file of its own as soon as it is done; with the same --out, steps
-    that have figures are not repeated.
+    that have figures are not repeated. Prints all figures, and writes them to table.md there.
 
     Example: python -m eval gpu --out results/gpu --seconds 150
     """
@@ -149,7 +149,9 @@ class Gpu:
             raise InputError(f"--seconds is {self.seconds:g}; it must be above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("there is no CUDA in this process; run it where there is, or give --device cpu")
-        print(table(measure(Machine(self.device), self.out, self.seconds)))
+        figures = table(measure(Machine(self.device), self.out, self.seconds))
+        atomic.write_text(self.out / "table.md", figures + "\n")
+        print(figures)
 
 
 def measure(machine: Machine, out: Path, seconds: float, steps: Mapping[str, Step] = STEPS) -> dict[str, Result]:

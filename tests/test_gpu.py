@@ -149,6 +149,13 @@ def test_launches_are_told_by_their_names():
     assert counted(events) == {"kernels": 2, "syncs": 2, "copies_to_device": 1, "copies_to_host": 1}
 
 
+def test_the_command_prints_its_table_and_keeps_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("eval.gpu.LEAST", 1e9)
+    command(monkeypatch, command_line.main, "gpu", "--device", "cpu", "--out", tmp_path / "new")
+    printed = capsys.readouterr().out
+    assert "| gumbel " in printed and "skipped" in printed and (tmp_path / "new" / "table.md").read_text() == printed
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [(["--seconds", "0"], "--seconds is 0"), ([], "there is no CUDA"), (["--out", "{file}/x"], "cannot be written")],
