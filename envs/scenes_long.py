@@ -1,6 +1,6 @@
 """scenes-long: crowded scenes, with questions of which half are answered by a list, a phrase or a sentence.
 
-``scene`` and ``ask`` also make them one by one, without end, to train on: no two with different generators are alike.
+``scene`` and ``ask`` also make them one by one, without end, to train on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def generate(split: str, size: int, images: int, seed: int, version: int = VERSI
 
 
 def scene(rng: np.random.Generator, size: int = 128) -> tuple[list[Object], Image.Image]:
-    """A scene of its own: six to twelve objects, and their picture of ``size`` pixels a side."""
+    """A scene of its own: six to twelve objects, and their picture of ``size`` pixels a side.
+
+    A generator that is seeded by four numbers, the last not 0, draws no image of a split: those are seeded by three,
+    and NumPy takes missing ones for 0.
+    """
     objects = scenes.draw_objects(rng, LAYOUT)
     return objects, scenes.render(objects, size, rng, LAYOUT)
 

@@ -244,6 +244,16 @@ def test_the_page_shows_what_is_made():
     assert all(f"| {row['type']} | {row['question']} | {row['answers'][0]} |" in page for row in rows)
 
 
+def test_streams_draw_no_image_of_a_split():
+    """The null: seeded by fewer numbers they may."""
+
+    def objects_of(*seed):
+        return scene(np.random.default_rng(seed), 64)[0]
+
+    image = 0, list(scenes_long.SPLITS).index("test"), 0  # seed, split and number of the image
+    assert objects_of(*image[:2]) == objects_of(*image) != objects_of(*image, 1)
+
+
 def test_they_load_as_queries_with_options(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     queries = load_queries("scenes-long:images=3", "validation")
