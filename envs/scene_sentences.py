@@ -104,7 +104,7 @@ def which(objects: list[Object]) -> list[Question]:
 
 
 def _counted(group: list[Object], attribute: str) -> str:
-    """How many there are of each, as in "3 circles, 1 square and 2 triangles", in the order of ``SHAPES`` or ``COLORS``;
+    """How many there are of each, as in "3 circles and 2 triangles", in the order of ``SHAPES`` or ``COLORS``;
     empty for fewer than two kinds."""
     counts = Counter(getattr(o, attribute) for o in group)
     if attribute == "shape":
