@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise, permutations
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from envs.scene_questions import (
     COLORS,
@@ -28,7 +28,7 @@ ORDERS = {"from left to right": "x", "from top to bottom": "y"}
 
 
 def _noun(count: int, one: str) -> str:
-    """ "1 square", "3 circles"."""
+    """A count and what is counted, as in "1 square" or "3 circles"."""
     return f"{count} {one}" if count == 1 else f"{count} {one}s"
 
 
@@ -59,8 +59,8 @@ def listing(objects: list[Object]) -> list[Question]:
 
 def _nearest(objects: list[Object], to: Object) -> Object | None:
     """The other thing whose centre is nearest; None where two are about as near."""
-    by_distance = sorted((math.hypot(o.x - to.x, o.y - to.y), o.x, o.y, o) for o in objects if o is not to)
-    (first, *_, nearest), (second, *_) = by_distance[:2]
+    by_distance = sorted(((math.hypot(o.x - to.x, o.y - to.y), o) for o in objects if o is not to), key=itemgetter(0))
+    (first, nearest), (second, _) = by_distance[:2]
     return nearest if second - first >= CLEAR else None
 
 
@@ -104,8 +104,8 @@ def which(objects: list[Object]) -> list[Question]:
 
 
 def _counted(group: list[Object], attribute: str) -> str:
-    """ "3 circles, 1 square and 2 triangles", in the order of ``SHAPES`` or ``COLORS``; empty for fewer than two
-    kinds."""
+    """How many there are of each, as in "3 circles and 2 triangles", in the order of ``SHAPES`` or ``COLORS``;
+    empty for fewer than two kinds."""
     counts = Counter(getattr(o, attribute) for o in group)
     if attribute == "shape":
         parts = [_noun(counts[shape], shape) for shape in SHAPES if counts[shape]]

@@ -72,7 +72,7 @@ def ask(
         objects: the scene.
         asked: how often each kind, template, and template with answer came up; counted on.
         rng: breaks ties.
-        number: of questions; even.
+        number: of questions; of an odd one, one less are asked.
     """
     return [
         question
