@@ -1,7 +1,7 @@
 """A Llama decoder with low-rank deltas of all layers at once, under plans that are gates.
 
-Shape legend: B rows, S places, D hidden width, L layers, Q query heads, G key-value heads, W head width, I columns of the
-MLP, H head slots, r rank.
+Shape legend: B rows, S places, D hidden width, L layers, Q query heads, W head width, I columns of the MLP, R rotary
+frequencies, V vocabulary, r rank, o and i a matrix' outputs and inputs.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class DenseDecoder(nn.Module):
         seed: of A.
         compiled: whether a layer is compiled (``torch.compile``), for a GPU.
     """
+
+    embedding_VD: Tensor
+    rates_R: Tensor
 
     def __init__(self, language_model: Any, rank: int, seed: int = 0, compiled: bool = False):
         super().__init__()
@@ -119,9 +122,8 @@ class DenseDecoder(nn.Module):
                 sin_BSW,
                 heads[number],
                 columns[number],
-                norm_in,
-                norm_post,
-                *(weights[name][number] for name in MATRICES),
+                (norm_in, norm_post),
+                tuple(weights[name][number] for name in MATRICES),
                 self.eps,
                 self.q_heads // self.kv_heads,
             )
@@ -139,21 +141,26 @@ def _layer(
     sin_BSW: Tensor,
     heads_BQ: Tensor,
     columns_BI: Tensor,
-    norm_in_D: Tensor,
-    norm_post_D: Tensor,
-    q_proj: Tensor,
-    k_proj: Tensor,
-    v_proj: Tensor,
-    o_proj: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
+    norms: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, ...],
     eps: float,
     repeats: int,
 ) -> Tensor:
-    """A decoder layer; the residual stream is float32, matrix products are of the weights' dtype."""
+    """A decoder layer; the residual stream is float32, matrix products are of the weights' dtype.
+
+    Args:
+        x_BSD: the stream.
+        bias_BSS: added to the logits of attention.
+        cos_BSW, sin_BSW: rotations.
+        heads_BQ, columns_BI: gates.
+        norms: weights (D,) before attention and before the MLP.
+        weights: the matrices, in the order of ``MATRICES``.
+        eps: of the norms.
+        repeats: query heads of a key-value head.
+    """
+    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = weights
     dtype, width = q_proj.dtype, cos_BSW.shape[-1]
-    h = _norm(x_BSD, norm_in_D, eps).to(dtype)
+    h = _norm(x_BSD, norms[0], eps).to(dtype)
     q, k, v = (F.linear(h, weight).unflatten(-1, (-1, width)).transpose(1, 2) for weight in (q_proj, k_proj, v_proj))
     cos, sin = cos_BSW[:, None], sin_BSW[:, None]
     q, k = (x * cos + _turned(x) * sin for x in (q, k))
@@ -161,7 +168,7 @@ def _layer(
     bias = bias_BSS[:, None].expand(-1, q.shape[1], -1, -1)
     out_BSQW = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2) * heads_BQ[:, None, :, None]
     x_BSD = x_BSD + F.linear(out_BSQW.flatten(2), o_proj)
-    h = _norm(x_BSD, norm_post_D, eps).to(dtype)
+    h = _norm(x_BSD, norms[1], eps).to(dtype)
     inner_BSI = F.silu(F.linear(h, gate_proj)) * F.linear(h, up_proj) * columns_BI[:, None]
     return x_BSD + F.linear(inner_BSI, down_proj)
 

@@ -1,12 +1,10 @@
-"""First lessons of a vision tower that starts from random weights: what stands at each of its patches, told in the words of
-the language model that will read it.
+"""First lessons of a vision tower that starts from random weights: what stands at each of its patches, told in the
+words of the language model that will read it.
 
 Shape legend: B images, N visual tokens, D hidden width of the language model, K words.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +16,15 @@ WORDS = (COLORS, SHAPES, ("small", "large"))
 
 
 class Lessons(nn.Module):
-    """What is asked of each visual token: the colour, shape and size there, where the thing's middle is, and how much of
-    the patch it covers.
+    """What is asked of each visual token: the colour, shape and size there, where the thing's middle is, and how much
+    of the patch it covers.
 
     Args:
         words_KD: the language model's embeddings of colours, shapes and sizes, in the order of ``WORDS``. A token that
             points where a word does says that word.
     """
+
+    words_KD: Tensor
 
     def __init__(self, words_KD: Tensor):
         super().__init__()
@@ -52,8 +52,3 @@ class Lessons(nn.Module):
         loss = loss + away_BN2[there_BN].mean() + 4 * F.mse_loss(told_BN3[..., 2], lessons_BN6[..., 5])
         shares = torch.stack([*right, right[0] & right[1] & right[2]]).float().mean(1)
         return loss, shares.detach()
-
-
-def word_rows(words: Sequence[int], embedding_VD: Tensor) -> Tensor:
-    """(K, D) embeddings of some ids."""
-    return embedding_VD[torch.tensor(words)].float()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backbones import atomic
+from backbones.small_deltas import BASE, SETTINGS
 from policies.grow.dense import DenseDecoder, DenseGates
 from policies.grow.plans import Laid, lay_out_full
 from policies.grow.stream import Batch
@@ -69,6 +71,8 @@ class Grown(nn.Module):
         before: ids of a prompt before its image.
     """
 
+    before: Tensor
+
     def __init__(self, vision: Vision, decoder: DenseDecoder, before: list[int]):
         super().__init__()
         self.vision, self.decoder = vision, decoder
@@ -94,6 +98,7 @@ class Grown(nn.Module):
         return F.linear(hidden_BSD[:, prefix:][batch.asked].to(dtype), words_VD)
 
     def full_gates(self, rows: int) -> DenseGates:
+        """The gates of plans that keep everything."""
         device, layers = self.before.device, len(self.decoder.norm_in)
         return DenseGates(
             torch.ones(rows, layers, self.decoder.q_heads, device=device),
@@ -136,3 +141,4 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         own = {name: t.detach().half().cpu().contiguous() for name, t in tensors.items() if name.startswith(beginnings)}
         if own:
             save_file(own, folder / f"{shard}.safetensors", {"format": "pt"})
+    atomic.write_json(folder / SETTINGS, {"base": BASE})

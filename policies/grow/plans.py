@@ -1,4 +1,4 @@
-"""Random plans for elastic training, and what they make of a batch whose questions share an image.
+"""What random plans make of a batch whose questions share an image.
 
 Shape legend: K plans of a pool, B images, N visual tokens, L layers, H finest head slots, Q query heads, I MLP columns,
 S places, P places of the prefix, D hidden width.
@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from backbones.arrange import group_medians, group_sizes
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding, Query
-from backbones.families.llava import LlavaFamily
-from policies.baselines import random_waits
-from policies.coherent import CHANCES, NOISE, RESTORED_SHARE, SHARPNESS
+from policies.coherent import CHANCES, NOISE, RESTORED_SHARE
 from policies.grow.dense import DenseGates
-from policies.projection import least_share, project
 
 FORBIDDEN = -1e4
 """Added to the logits of attention where nobody may look."""
@@ -56,69 +49,6 @@ class Pool:
         with np.load(path) as stored:
             heads = np.unpackbits(stored["heads"], axis=-1)[..., :query_heads].astype(bool)
             return cls(torch.from_numpy(stored["tokens"]), torch.from_numpy(heads))
-
-
-def draw_pool(
-    backbone: Backbone, encoding: Encoding, count: int, between: tuple[float, float], seed: int, axes: Any = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Plans at budgets uniform between two, by the rule of ``ElasticTrainer``: budgets (K,), kept tokens (K,), and kept
-    query heads (K, L, Q).
-
-    Args:
-        backbone: prices them.
-        encoding: some queries, whose numbers of tokens they are priced at.
-        count: K, a multiple of the queries.
-        between: share of the FLOPs, lowest and highest.
-        seed: of everything.
-        axes: what may be dropped; all by default.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    options = {} if axes is None else {"axes": axes}
-    tokens, heads, budgets = [], [], []
-    low, high = between
-    for _ in range(count // len(encoding)):
-        budgets_B = low + (high - low) * torch.rand(len(encoding), generator=generator, dtype=torch.float64)
-        budgets_B = budgets_B.maximum(least_share(backbone, encoding, **options))
-        waits_BA = random_waits(backbone, len(encoding), generator, sharpness=SHARPNESS, **options)
-        masks = project(backbone, backbone.full(encoding), waits_BA, budgets_B, encoding, **options)
-        tokens.append(masks.tokens.sum(1))
-        heads.append(masks.effective_heads.repeat_interleave(backbone.decoder.query_heads, dim=2))
-        budgets.append(budgets_B)
-    return torch.cat(budgets), torch.cat(tokens), torch.cat(heads)
-
-
-def as_pool(*drawn: tuple[Tensor, Tensor, Tensor]) -> Pool:
-    """What ``draw_pool`` has drawn, in order."""
-    budgets_K, tokens_K, heads_KLQ = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    order_K = budgets_K.argsort(descending=True, stable=True)
-    return Pool(tokens_K[order_K], heads_KLQ[order_K])
-
-
-POOLS = {"train": (0.1, 1.0), "half": (0.5, 0.5), "quarter": (0.25, 0.25)}
-"""By name: budgets of the plans, uniform between the two."""
-
-
-def draw_standard_pools(model: Any, processor: Any, folder: Path, seed: int) -> None:
-    """Draw and write the pools of ``POOLS``, and ``layers`` (layers alone, at three quarters).
-
-    Three quarters of the training's plans have a head slot for each key-value head, the others one for each query head.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    coarse, fine = (Backbone(LlavaFamily(model, processor), "small", heads=heads) for heads in (None, 9))
-    image = Image.new("RGB", (8, 8))
-    queries = [Query(str(n), image, "word " * (8 + n % 8), ("red",), 0) for n in range(128)]
-
-    def drawn(backbone: Backbone, count: int, between: tuple[float, float], own: int, axes: Any = None) -> Any:
-        return draw_pool(backbone, backbone.encode(queries), count, between, seed + own, axes)
-
-    pools = {
-        "train": as_pool(drawn(coarse, 6144, POOLS["train"], 0), drawn(fine, 2048, POOLS["train"], 1)),
-        "half": as_pool(drawn(coarse, 512, POOLS["half"], 2)),
-        "quarter": as_pool(drawn(coarse, 512, POOLS["quarter"], 3)),
-        "layers": as_pool(drawn(coarse, 512, (0.75, 0.75), 4, ("layers",))),
-    }
-    for name, pool in pools.items():
-        pool.save(folder / f"{name}.npz")
 
 
 def column_slots(columns: int, query_heads: int) -> Tensor:

@@ -61,8 +61,8 @@ class Batch:
         targets: (T,) those tokens.
         question: (T,) number of the question in the batch.
         long: (questions,) bool: whether its answer has several words.
-        lessons: (B, N, 6) float32: of the object that covers most of each patch, colour, shape, size (-1: none) and where
-            its centre is from the patch's, in patches; and how much of the patch it covers.
+        lessons: (B, N, 6) float32: of the object that covers most of each patch, colour, shape, size (-1: none) and
+            where its centre is from the patch's, in patches; and how much of the patch it covers.
     """
 
     pixels: torch.Tensor
@@ -87,11 +87,10 @@ class Stream(IterableDataset[Batch]):
     """Batches without end.
 
     Args:
-        split: of the scenes; what is drawn is no image of the split's data set, but of the same kind.
         tokenizer: the file of the published one.
         images: B.
-        room: S; questions are laid out while there is room.
-        seed: everything follows from it, the worker's number and the number of workers.
+        room: S; questions are laid out while there is room. Without any, there are no questions, for lessons.
+        seed: of what a worker draws, with the worker's number.
         reuse: how many batches show an image, with other questions each time.
     """
 
@@ -102,7 +101,7 @@ class Stream(IterableDataset[Batch]):
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         torch.set_num_threads(1)
-        rng = np.random.default_rng((self.seed, number))
+        rng = np.random.default_rng((self.seed, number, 0, 1))  # no image of a split: those have three numbers
         pieces, asked = Pieces(self.tokenizer), Counter[str]()
         shown: list[Any] = []
         while True:
@@ -115,7 +114,7 @@ class Stream(IterableDataset[Batch]):
                 for objects, image in picked
             ]
             for _, _, questions in rows:
-                rng.shuffle(questions)  # type: ignore[arg-type]
+                rng.shuffle(questions)
             yield collate(rows, pieces, self.room)
 
 
@@ -144,13 +143,17 @@ def collate(rows: list[tuple[Any, Any, list[Any]]], pieces: Pieces, room: int) -
             question += [len(long)] * (len(answer) + 1)
             long.append(" " in each.answer)
             at = stop
-    images = np.stack([np.asarray(image) for image, _, _ in rows])
     return Batch(
-        *map(torch.from_numpy, (images, ids, owner, places, answers, asked)),
-        torch.tensor(targets),
-        torch.tensor(question),
-        torch.tensor(long),
-        torch.from_numpy(np.stack([lesson(objects) for _, objects, _ in rows])),
+        pixels=torch.from_numpy(np.stack([np.asarray(image) for image, _, _ in rows])),
+        ids=torch.from_numpy(ids),
+        owner=torch.from_numpy(owner),
+        places=torch.from_numpy(places),
+        answers=torch.from_numpy(answers),
+        asked=torch.from_numpy(asked),
+        targets=torch.tensor(targets, dtype=torch.long),
+        question=torch.tensor(question, dtype=torch.long),
+        long=torch.tensor(long, dtype=torch.bool),
+        lessons=torch.from_numpy(np.stack([lesson(objects) for _, objects, _ in rows])),
     )
 
 
