@@ -1,4 +1,4 @@
-.PHONY: check format types test test-slow test-all docs train audit
+.PHONY: check format types test test-slow test-all docs train audit gpu
 
 check: ## Lint, format check and types, as CI runs them
 	ruff check .
@@ -26,3 +26,6 @@ docs: ## The site, into site/; needs pip install -e ".[docs]"
 
 train: ## The README's first command
 	python train_rl.py --out runs/first
+
+gpu: ## What the project claims, measured on the GPU that is here: 150 seconds, figures in results/gpu
+	python -m eval gpu --out results/gpu

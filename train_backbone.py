@@ -56,7 +56,7 @@ class BackboneConfig(Answering):
     """
 
     backbone: str = "scratch"
-    """scratch: the embedded architecture with random weights; else what to tune: tiny, a folder or a hub id."""
+    """scratch: the embedded architecture with random weights; else what to tune: tiny, small, a folder or a hub id."""
     data: str = "easy-vqa+scenes"
     """Training data: a name, a path with the columns image, question, answers, or several joined by +."""
     out: Path = Path("runs/tiny")

@@ -16,7 +16,11 @@ from backbones.families import FAMILIES
 from backbones.foreign import check_files, check_sizes
 from backbones.lora import base_of, holds_adapters, merged
 from backbones.processing import load_processor
-from backbones.tiny import TINY_FOLDER
+from backbones.small_cache import converted
+from backbones.small_deltas import holds_deltas
+
+EMBEDDED = {name: Path(__file__).parent / f"{name}_weights" for name in ("tiny", "small")}
+"""The backbones that are shipped with the project."""
 
 
 def load_backbone(
@@ -28,37 +32,31 @@ def load_backbone(
     """Load a backbone in evaluation mode, its weights frozen.
 
     Args:
-        name: ``"tiny"`` (embedded), a local folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``. A folder of
-            LoRA adapters, as ``train_backbone.py`` saves them, is merged into the model it was trained on. Nothing
-            in it is run or unpickled.
+        name: ``"tiny"`` or ``"small"`` (embedded), a local folder, or a hub id such as
+            ``"llava-hf/llava-1.5-7b-hf"``. A folder of LoRA adapters, as ``train_backbone.py`` saves them, is merged
+            into the model it was trained on, one of deltas (``backbones.small_deltas``) into SmolLM2. Nothing in it is
+            run or unpickled.
         dtype: of the weights.
         device: where to run.
         **options: of ``Backbone``: ``heads``, ``width``, ``protected_layers``, ``max_visual_tokens``, …
 
     Raises:
         InputError: nothing loadable under that name, an architecture that no family covers, files that bring code or
-            pickles, or a device that isn't there.
+            pickles, a package that ``small`` needs and that isn't there, or a device that isn't.
     """
-    folder = TINY_FOLDER if name == "tiny" else Path(name)
-    looks_local = name == "tiny" or os.path.exists(folder) or name.startswith((".", "/", "~"))
-    where: str | Path = folder if looks_local else name
-    if not looks_local and "/" not in name:
-        raise InputError(f"unknown backbone {name!r}; use 'tiny', a folder, or a hub id like 'owner/model'")
+    where = place = _place_of(name)
     check_placement(dtype, device)
-    if looks_local and not os.path.isdir(os.path.expanduser(folder)):
-        problem = "it is a file" if os.path.isfile(folder) else "there is no such folder"
-        raise InputError(f"backbone {name!r} could not be read ({problem}); check the folder")
-    adapters = where if holds_adapters(where) else None
-    if isinstance(adapters, Path):
-        base = base_of(adapters, name)
-        where = TINY_FOLDER if base == "tiny" else Path(base) if os.path.exists(base) else base
+    if holds_adapters(place):
+        where = _base(base_of(Path(place), name))
+    if holds_deltas(where):
+        where = converted(Path(where), name)
     try:
         check_files(where, name)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        remedy = "check the folder" if looks_local else how_to_fetch(name)
+        remedy = "check the folder" if isinstance(place, Path) else how_to_fetch(name)
         raise InputError(f"backbone {name!r} could not be read ({first_line(error)}); {remedy}") from error
     if isinstance(where, Path):
         check_sizes(config, where, name)
@@ -67,8 +65,8 @@ def load_backbone(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         processor = load_processor(where)
-        if isinstance(adapters, Path):
-            model = merged(model, adapters, name)
+        if holds_adapters(place):
+            model = merged(model, Path(place), name)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -76,6 +74,30 @@ def load_backbone(
     family = FAMILIES[config.model_type]
     model.requires_grad_(False)
     return Backbone(family(model.to(device).eval(), processor), name, **options)
+
+
+def _place_of(name: str) -> str | Path:
+    """The folder that a name stands for, or the hub id that it is.
+
+    Raises:
+        InputError: neither, or a folder that is not there.
+    """
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    if not os.path.exists(name) and not name.startswith((".", "/", "~")):
+        if "/" not in name:
+            known = ", ".join(map(repr, EMBEDDED))
+            raise InputError(f"unknown backbone {name!r}; use {known}, a folder, or a hub id like 'owner/model'")
+        return name
+    if not os.path.isdir(os.path.expanduser(name)):
+        problem = "it is a file" if os.path.isfile(name) else "there is no such folder"
+        raise InputError(f"backbone {name!r} could not be read ({problem}); check the folder")
+    return Path(name)
+
+
+def _base(name: str) -> str | Path:
+    """The folder or hub id of the model that adapters were trained on."""
+    return EMBEDDED.get(name) or (Path(name) if os.path.exists(name) else name)
 
 
 def how_to_fetch(hub_id: str) -> str:

@@ -1,4 +1,5 @@
-"""Loading a processor, also where a part of it that images do not need cannot be built."""
+"""Processors: those of the embedded VLMs, and loading one, also where a part of it that images do not need cannot be
+built."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
 
 @dataclass
@@ -42,3 +43,33 @@ def load_processor(where: str | Path) -> Any:
             AutoTokenizer.from_pretrained(where, trust_remote_code=False),
             template.read_text(encoding="utf-8") if template.is_file() else None,
         )
+
+
+def llava_processor(tokenizer: Any, image_size: int, patch_size: int, chat_template: str) -> LlavaProcessor:
+    """The processor of an embedded LLaVA, which sees an image of any shape as a square.
+
+    Args:
+        tokenizer: with the token ``<image>``.
+        image_size: pixels of the square's side.
+        patch_size: pixels of a patch's side.
+        chat_template: of the prompts.
+    """
+    side = {"height": image_size, "width": image_size}
+    image_processor = CLIPImageProcessorPil(
+        do_resize=True,
+        size=side,
+        do_center_crop=False,
+        crop_size=side,
+        # White and black must point opposite ways: the tower's first LayerNorm sees directions, not magnitudes.
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.25, 0.25, 0.25],
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -280,10 +281,7 @@ class QueryEncoder:
 
     def prompt(self, question: str) -> str:
         """The chat template filled with one image and the question."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        return self.processor.apply_chat_template(_asked(question), add_generation_prompt=True, tokenize=False)
 
     def _prompts(self, questions: Sequence[str], ids: Sequence[str] | None) -> list[tuple[list[int], list[int]]]:
         """Each prompt's ids before and after the image placeholder."""
@@ -316,15 +314,39 @@ class QueryEncoder:
         return list(self._answer_ids(answer))
 
     def _tokenize_answer(self, answer: str) -> tuple[int, ...]:
+        return tuple(self._tokenize_answers([answer])[0])
+
+    def _tokenize_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """The ids by which each answer continues the prompt's; those of its text alone, where it would change these."""
+        before, prompt_ids = self._before_answers
+        start, tokenizer = len(prompt_ids), self.processor.tokenizer
         with self._one_by_one:
-            return tuple(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            chats = tokenizer([before + answer for answer in answers])["input_ids"]
+            return [
+                ids[start:]
+                if answer and ids[:start] == prompt_ids
+                else tokenizer(answer, add_special_tokens=False)["input_ids"]
+                for answer, ids in zip(answers, chats, strict=True)
+            ]
+
+    @cached_property
+    def _before_answers(self) -> tuple[str, list[int]]:
+        """A prompt with the space that the chat template has between it and an answer, if any; and the prompt's ids."""
+        prompt, word = self.prompt(""), "answer"
+        messages = [*_asked(""), {"role": "assistant", "content": [{"type": "text", "text": word}]}]
+        try:
+            chat = self.processor.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError):  # a template for prompts alone
+            chat = prompt
+        between = chat[len(prompt) :].partition(word)[0] if chat.startswith(prompt) else ""
+        with self._one_by_one:
+            return prompt if between.strip() else prompt + between, self.processor.tokenizer(prompt)["input_ids"]
 
     def answer_lengths(self, answers: Sequence[str]) -> list[int]:
         """How many ids ``answer_ids`` has for each of many answers."""
         if not answers:
             return []
-        with self._one_by_one:
-            return [len(ids) for ids in self.processor.tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
+        return [len(ids) for ids in self._tokenize_answers(answers)]
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """An answer of these ids, special tokens removed."""
@@ -333,6 +355,11 @@ class QueryEncoder:
     def _detokenize(self, ids: tuple[int, ...]) -> str:
         with self._one_by_one:
             return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _asked(question: str) -> list[dict[str, Any]]:
+    """A chat that so far has an image and a question."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
 def _lay_out_text(before: list[int], image: EncodedImage, after: list[int]) -> tuple[list[int], list[int]]:

@@ -2,7 +2,8 @@
 
 Nothing is removed: the whole model runs, and gates in [0, 1] say how much of a part there is. With gates of exactly 0
 and 1 the answer tokens' logits are those of the executed plan, and a dropped part still gets a gradient: what would
-change if there were a little of it.
+change if there were a little of it. Gates, and attention's weights, are float32 whatever the model's weights are; what
+goes through these is rounded to their type first.
 
 Shape legend: B rows, S places of the longest sequence, N visual tokens, D hidden width, L layers, H head slots, Q query
 heads, W head width, G key-value groups, T answer tokens of all rows, V vocabulary.
@@ -74,7 +75,8 @@ def soft_answer_logits(
     answers: Sequence[list[int]],
     midway: SoftMidway | None = None,
 ) -> Tensor:
-    """Logits (T, V) at the places that predict each answer's tokens and its end, row after row; differentiable.
+    """Logits (T, V) at the places that predict each answer's tokens and its end, row after row, in the
+    gates' type where that is finer; differentiable.
 
     Args:
         backbone: runs the whole model.
@@ -94,7 +96,8 @@ def soft_answer_logits(
         x_BSD = x_BSD + _feed_forward(backbone, layer, x_BSD, heads_BH, gates.layers[:, number])
     rows = [row for row, ids in enumerate(answers) for _ in range(len(ids) + 1)]
     places = [place for start, length in zip(starts, lengths, strict=True) for place in range(start, length)]
-    return backbone.model.lm_head(backbone.decoder.model.norm(x_BSD[rows, places]))
+    logits_TV = backbone.model.lm_head(backbone.decoder.model.norm(x_BSD[rows, places]))
+    return logits_TV.to(torch.promote_types(logits_TV.dtype, gates.tokens.dtype))
 
 
 def soft_llm_flops(backbone: Backbone, encoding: Encoding, gates: Gates, controller: int | Tensor = 0) -> Tensor:
@@ -146,9 +149,9 @@ def _attend(
         x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2))
     )
     weights_BQSS: Tensor = _GatedSoftmax.apply(q_BQSW * attention.scaling @ k_BQSW.transpose(2, 3), present_BS)
-    out_BSQW = (weights_BQSS @ v_BQSW).transpose(1, 2)
+    out_BSQW = (weights_BQSS.to(v.dtype) @ v_BQSW).transpose(1, 2)
     gates_BQ = heads_BH.repeat_interleave(backbone.decoder.query_heads, dim=1)
-    return attention.o_proj((out_BSQW * gates_BQ[:, None, :, None]).flatten(2))
+    return attention.o_proj((out_BSQW * gates_BQ[:, None, :, None]).flatten(2).to(x_BSD.dtype))
 
 
 class _GatedSoftmax(torch.autograd.Function):
@@ -189,6 +192,6 @@ def _feed_forward(backbone: Backbone, layer: Any, x_BSD: Tensor, heads_BH: Tenso
     mlp, normed_BSD = layer.mlp, layer.post_attention_layernorm(x_BSD)
     inner = mlp.act_fn(mlp.gate_proj(normed_BSD)) * mlp.up_proj(normed_BSD)
     if backbone.decoder.width == "heads":
-        return mlp.down_proj(inner) * layer_B[:, None, None]
+        return (mlp.down_proj(inner) * layer_B[:, None, None]).to(x_BSD.dtype)
     widths = torch.tensor([stop - start for start, stop in backbone.decoder.mlp_cuts], device=inner.device)
-    return mlp.down_proj(inner * heads_BH.repeat_interleave(widths, dim=1)[:, None])
+    return mlp.down_proj((inner * heads_BH.repeat_interleave(widths, dim=1)[:, None]).to(x_BSD.dtype))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -21,6 +20,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from backbones.processing import llava_processor
 
 TINY_FOLDER = Path(__file__).parent / "tiny_weights"
 
@@ -125,7 +126,7 @@ def build_tiny(
     _scale_residual_stream(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, _processor(tokenizer, image_size, patch_size)
+    return model, llava_processor(tokenizer, image_size, patch_size, CHAT_TEMPLATE)
 
 
 @torch.no_grad()
@@ -137,25 +138,3 @@ def _scale_residual_stream(model: LlavaForConditionalGeneration) -> None:
     for layer in decoder.layers:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.mul_((2 * len(decoder.layers)) ** -0.5)
-
-
-def _processor(tokenizer: Any, image_size: int, patch_size: int) -> LlavaProcessor:
-    side = {"height": image_size, "width": image_size}
-    image_processor = CLIPImageProcessorPil(
-        do_resize=True,
-        size=side,
-        do_center_crop=False,
-        crop_size=side,
-        # White and black must point opposite ways: the tower's first LayerNorm sees directions, not magnitudes.
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.25, 0.25, 0.25],
-        do_convert_rgb=True,
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )

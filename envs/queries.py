@@ -25,6 +25,7 @@ from envs.columns import COLUMNS, TEXTS, alike, checked, read, stored
 from envs.local_data import is_hub_id, load_from_hub, load_path, no_rows
 from envs.pictures import IMAGES, Picture, Pictures
 from envs.scenes import scenes
+from envs.scenes_long import scenes_long
 from envs.side_by_side import side_by_side
 
 SPLITS = ("train", "validation", "test")
@@ -232,7 +233,12 @@ def easy_vqa(split: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-NAMED: dict[str, Callable[..., datasets.Dataset]] = {"easy-vqa": easy_vqa, "scenes": scenes, **SOURCES}
+NAMED: dict[str, Callable[..., datasets.Dataset]] = {
+    "easy-vqa": easy_vqa,
+    "scenes": scenes,
+    "scenes-long": scenes_long,
+    **SOURCES,
+}
 
 
 def load_queries(data: str = "easy-vqa", split: str = "train", limit: int | None = None) -> DatasetQueries:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations, product
 
 SHAPES = ("circle", "square", "triangle")
@@ -23,7 +25,7 @@ class Object:
     x: float
     y: float
 
-    @property
+    @cached_property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
 
@@ -33,7 +35,8 @@ class Question:
     """A question, its answer, its kind, and the objects one must see to answer it.
 
     Attributes:
-        template: the question without the names in it; answers are balanced within a template.
+        template: the question without the names in it, perhaps with what its answer has in common with others;
+            templates are balanced, and answers within a template.
     """
 
     text: str
@@ -43,19 +46,30 @@ class Question:
     about: tuple[Object, ...]
 
 
-def _question(kind: str, template: str, answer: str, about: tuple[Object, ...], **names: str) -> Question:
-    return Question(template.format(**names), answer, kind, template, about)
+def make(kind: str, template: str, answer: str, about: tuple[Object, ...], gist: str = "", **names: str) -> Question:
+    """A question from its template and the names in it.
+
+    Args:
+        kind: of question.
+        template: text with the fields that ``names`` fill.
+        answer: to it.
+        about: what it is about.
+        gist: what its answer has in common with others; the question is balanced as if it had a template of its own.
+        names: by field.
+    """
+    return Question(template.format(**names), answer, kind, template + gist, about)
 
 
 Asker = Callable[[list[Object]], list[Question]]
 
 
-def _named_once(objects: list[Object]) -> list[Object]:
+def named_once(objects: list[Object]) -> list[Object]:
     """The objects whose colour and shape no other has."""
-    return [o for o in objects if sum(other.name == o.name for other in objects) == 1]
+    names = Counter(o.name for o in objects)
+    return [o for o in objects if names[o.name] == 1]
 
 
-def _yes_no(value: bool) -> str:
+def yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
@@ -66,7 +80,7 @@ def exists(objects: list[Object]) -> list[Question]:
     questions = []
     for name in sorted(near):
         about = tuple(o for o in objects if o.name == name) or tuple(objects)
-        questions.append(_question("exists", "is there a {name}?", _yes_no(name in names), about, name=name))
+        questions.append(make("exists", "is there a {name}?", yes_no(name in names), about, name=name))
     return questions
 
 
@@ -75,20 +89,20 @@ def attribute(objects: list[Object]) -> list[Question]:
     questions = []
     for o in objects:
         if sum(other.shape == o.shape for other in objects) == 1:
-            questions.append(_question("attribute", "what color is the {shape}?", o.color, (o,), shape=o.shape))
+            questions.append(make("attribute", "what color is the {shape}?", o.color, (o,), shape=o.shape))
         if sum(other.color == o.color for other in objects) == 1:
-            questions.append(_question("attribute", "what shape is the {color} thing?", o.shape, (o,), color=o.color))
+            questions.append(make("attribute", "what shape is the {color} thing?", o.shape, (o,), color=o.color))
     return questions + [
-        _question("attribute", "what size is the {name}?", o.size, (o,), name=o.name) for o in _named_once(objects)
+        make("attribute", "what size is the {name}?", o.size, (o,), name=o.name) for o in named_once(objects)
     ]
 
 
-def count(objects: list[Object]) -> list[Question]:
-    """How many there are of a shape or of a colour, up to three."""
+def count(objects: list[Object], most: int = 3) -> list[Question]:
+    """How many there are of a shape or of a colour, up to ``most``."""
     groups = [("{shape}s", shape, [o for o in objects if o.shape == shape]) for shape in SHAPES]
     groups += [("{color} things", color, [o for o in objects if o.color == color]) for color in COLORS]
     return [
-        _question(
+        make(
             "count",
             f"how many {what} are there?",
             str(len(group)),
@@ -97,7 +111,7 @@ def count(objects: list[Object]) -> list[Question]:
             color=value,
         )
         for what, value, group in groups
-        if len(group) <= 3
+        if len(group) <= most
     ]
 
 
@@ -107,46 +121,49 @@ def compare(objects: list[Object]) -> list[Question]:
     for first, second in permutations(SHAPES, 2):
         ours, theirs = ([o for o in objects if o.shape == shape] for shape in (first, second))
         about = (*ours, *theirs) or tuple(objects)
-        more = _yes_no(len(ours) > len(theirs))
-        questions.append(_question("compare", "are there more {a}s than {b}s?", more, about, a=first, b=second))
-    for a, b in permutations(_named_once(objects), 2):
-        larger = _yes_no(a.size == "large" and b.size == "small")
-        questions.append(_question("compare", "is the {a} larger than the {b}?", larger, (a, b), a=a.name, b=b.name))
+        more = yes_no(len(ours) > len(theirs))
+        questions.append(make("compare", "are there more {a}s than {b}s?", more, about, a=first, b=second))
+    for a, b in permutations(named_once(objects), 2):
+        larger = yes_no(a.size == "large" and b.size == "small")
+        questions.append(make("compare", "is the {a} larger than the {b}?", larger, (a, b), a=a.name, b=b.name))
     return questions
 
 
-SIDES = ("left of", "right of", "above", "below")
+SIDES = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}
+"""By side: the coordinate that tells, and whether it falls or rises that way."""
 
 
-def _gap(o: Object, anchor: Object, side: str) -> float:
+def gap(o: Object, anchor: Object, side: str) -> float:
     """How far ``o`` lies on that side of ``anchor``, in image sides; negative on the other side."""
-    across, down = o.x - anchor.x, o.y - anchor.y
-    return {"left of": -across, "right of": across, "above": -down, "below": down}[side]
+    axis, sign = SIDES[side]
+    return sign * (getattr(o, axis) - getattr(anchor, axis))
 
 
 def relation(objects: list[Object]) -> list[Question]:
     """Whether one thing is left of, right of, above or below another; never asked where it is close."""
     return [
-        _question(
-            "relation", f"is the {{a}} {side} the {{b}}?", _yes_no(_gap(a, b, side) > 0), (a, b), a=a.name, b=b.name
-        )
-        for (a, b), side in product(permutations(_named_once(objects), 2), SIDES)
-        if abs(_gap(a, b, side)) >= APART
+        make("relation", f"is the {{a}} {side} the {{b}}?", yes_no(far > 0), (a, b), a=a.name, b=b.name)
+        for (a, b), side in product(permutations(named_once(objects), 2), SIDES)
+        if abs(far := gap(a, b, side)) >= APART
     ]
 
 
-def two_hop(objects: list[Object]) -> list[Question]:
+def alone_on_a_side(objects: list[Object], apart: float = APART) -> Iterator[tuple[Object, str, Object]]:
+    """Things with a name of their own, a side, and the only thing there; none within ``apart`` of that border."""
+    for anchor, side in product(named_once(objects), SIDES):
+        gaps = [(gap(o, anchor, side), o) for o in objects if o is not anchor]
+        beyond = [o for far, o in gaps if far > 0]
+        if len(beyond) == 1 and all(abs(far) >= apart for far, _ in gaps):
+            yield anchor, side, beyond[0]
+
+
+def two_hop(objects: list[Object], apart: float = APART) -> list[Question]:
     """The colour or shape of the only thing on one side of another."""
-    questions = []
-    for anchor, side in product(_named_once(objects), SIDES):
-        others = [o for o in objects if o is not anchor]
-        beyond = [o for o in others if _gap(o, anchor, side) > 0]
-        if len(beyond) == 1 and all(abs(_gap(o, anchor, side)) >= APART for o in others):
-            about = (anchor, beyond[0])
-            for what, answer in (("color", beyond[0].color), ("shape", beyond[0].shape)):
-                template = f"what {what} is the thing {side} the {{name}}?"
-                questions.append(_question("two-hop", template, answer, about, name=anchor.name))
-    return questions
+    return [
+        make("two-hop", f"what {what} is the thing {side} the {{name}}?", answer, (anchor, only), name=anchor.name)
+        for anchor, side, only in alone_on_a_side(objects, apart)
+        for what, answer in (("color", only.color), ("shape", only.shape))
+    ]
 
 
 ASKERS: dict[str, Asker] = {

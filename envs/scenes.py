@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from backbones.errors import InputError
 from envs.cached import cached
-from envs.scene_questions import ASKERS, COLORS, SHAPES, Object, Question
+from envs.scene_questions import ASKERS, COLORS, SHAPES, Asker, Object, Question
 
 VERSION = 1
 """Raised when the same seed gives other bytes than before, so that no cache mixes the two."""
@@ -39,6 +40,28 @@ PALETTE = {
 }
 RADII = {"small": 0.08, "large": 0.135}
 """Half an object's height over the image's side."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How crowded scenes are, and how they are drawn.
+
+    Attributes:
+        fewest: objects in a scene.
+        most: objects in a scene.
+        radii: half an object's height over the image's side, by its size.
+        free: between two objects, in image sides.
+        finer: so many times its size an image is drawn, before it is scaled down.
+    """
+
+    fewest: int
+    most: int
+    radii: Mapping[str, float]
+    free: float
+    finer: int
+
+
+LAYOUT = Layout(fewest=3, most=6, radii=RADII, free=0.03, finer=4)
 
 
 FEATURES = datasets.Features(
@@ -69,12 +92,21 @@ def scenes(split: str, size: int = 64, images: int | None = None, seed: int = 0)
     Raises:
         InputError: an impossible size or number, or a cache that cannot be written.
     """
-    if size < 32 or (images is not None and images < 1) or seed < 0:
-        raise InputError(
-            f"scenes of size={size}, images={images}, seed={seed}; size must be at least 32, images 1, seed 0"
-        )
+    check_options("scenes", 32, size, images, seed)
     options = {"split": split, "size": size, "images": images or SPLITS[split], "seed": seed, "version": VERSION}
     return cached(generate, options, FEATURES, split, "scenes")
+
+
+def check_options(what: str, least: int, size: int, images: int | None, seed: int) -> None:
+    """Refuses a size below ``least`` pixels, no images, and a seed below 0.
+
+    Raises:
+        InputError: any of these.
+    """
+    if size < least or (images is not None and images < 1) or seed < 0:
+        raise InputError(
+            f"{what} of size={size}, images={images}, seed={seed}; size must be at least {least}, images 1, seed 0"
+        )
 
 
 def generate(split: str, size: int, images: int, seed: int, version: int = VERSION) -> Iterator[dict[str, Any]]:
@@ -87,12 +119,24 @@ def generate(split: str, size: int, images: int, seed: int, version: int = VERSI
         seed: everything follows from it.
         version: part of the cache's key, nothing else.
     """
+    return rows(split, size, images, seed, LAYOUT, ask)
+
+
+def rows(
+    split: str,
+    size: int,
+    images: int,
+    seed: int,
+    layout: Layout,
+    ask: Callable[[list[Object], Counter[str], np.random.Generator], list[Question]],
+) -> Iterator[dict[str, Any]]:
+    """Rows of a split of scenes of some layout, with the questions that ``ask`` asks of each."""
     asked: Counter[str] = Counter()
     for number in range(images):
         rng = np.random.default_rng((seed, list(SPLITS).index(split), number))
-        objects = draw_objects(rng)
+        objects = draw_objects(rng, layout)
         questions = ask(objects, asked, rng)
-        image = {"bytes": png(render(objects, size, rng)), "path": None}
+        image = {"bytes": png(render(objects, size, rng, layout)), "path": None}
         for place, question in enumerate(questions):
             yield {
                 "id": f"{split}-{number}-{place}",
@@ -101,20 +145,21 @@ def generate(split: str, size: int, images: int, seed: int, version: int = VERSI
                 "answers": [question.answer],
                 "type": question.kind,
                 "objects": len(objects),
-                "patches": patches_of(question.about),
+                "patches": patches_of(question.about, layout.radii),
             }
 
 
-def draw_objects(rng: np.random.Generator) -> list[Object]:
-    """Three to six objects that neither overlap nor touch the border."""
-    wanted = int(rng.integers(3, 7))
+def draw_objects(rng: np.random.Generator, layout: Layout = LAYOUT) -> list[Object]:
+    """A scene's objects, which neither overlap nor touch the border."""
+    radii, free = layout.radii, layout.free
+    wanted = int(rng.integers(layout.fewest, layout.most + 1))
     objects: list[Object] = []
     while len(objects) < wanted:
         size = "large" if rng.random() < 0.4 else "small"
-        radius = RADII[size]
+        radius = radii[size]
         for _ in range(50):
             x, y = rng.uniform(radius + 0.02, 1 - radius - 0.02, size=2)
-            if all(max(abs(x - o.x), abs(y - o.y)) > radius + RADII[o.size] + 0.03 for o in objects):
+            if all(max(abs(x - o.x), abs(y - o.y)) > radius + radii[o.size] + free for o in objects):
                 break
         else:
             objects.clear()  # too crowded: begin again
@@ -124,8 +169,14 @@ def draw_objects(rng: np.random.Generator) -> list[Object]:
     return objects
 
 
-def ask(objects: list[Object], asked: Counter[str], rng: np.random.Generator) -> list[Question]:
-    """``QUESTIONS`` different questions about a scene.
+def ask(
+    objects: list[Object],
+    asked: Counter[str],
+    rng: np.random.Generator,
+    askers: Mapping[str, Asker] = ASKERS,
+    number: int = QUESTIONS,
+) -> list[Question]:
+    """Different questions about a scene.
 
     Kinds, their templates, and the answers within a template are taken in the order of how seldom they came up so far,
     as far as the scene allows: so answers are balanced within every template, whatever scenes happen to hold, and a
@@ -135,43 +186,55 @@ def ask(objects: list[Object], asked: Counter[str], rng: np.random.Generator) ->
         objects: the scene.
         asked: how often each kind, template, and template with answer came up; counted on.
         rng: breaks ties.
+        askers: by kind, what can be asked.
+        number: of questions; fewer are returned where the scene has no more.
     """
 
-    def rarest(options: set[str]) -> str:
+    def rarest(options: Iterable[str]) -> str:
         return min(sorted(options), key=lambda option: (asked[option], rng.random()))
 
-    possible = {kind: asker(objects) for kind, asker in ASKERS.items()}
+    possible = {kind: _by_template(asker(objects)) for kind, asker in askers.items()}
     chosen: list[Question] = []
-    while len(chosen) < QUESTIONS:
-        open_kinds = {kind for kind, questions in possible.items() if questions}
+    while len(chosen) < number and (open_kinds := {kind for kind, templates in possible.items() if templates}):
         kind = rarest({kind for kind in open_kinds if sum(q.kind == kind for q in chosen) < 2} or open_kinds)
-        template = rarest({question.template for question in possible[kind]})
-        fitting = [question for question in possible[kind] if question.template == template]
-        answer = rarest({f"{template} {question.answer}" for question in fitting})
-        fitting = [question for question in fitting if f"{template} {question.answer}" == answer]
-        question = fitting[rng.integers(len(fitting))]
-        chosen.append(question)
-        possible[kind].remove(question)
+        template = rarest(possible[kind])
+        answers = possible[kind][template]
+        answer = rarest(answers)
+        fitting = answers[answer]
+        chosen.append(fitting.pop(rng.integers(len(fitting))))
         asked.update((kind, template, answer))
+        if not fitting:
+            del answers[answer]
+        if not answers:
+            del possible[kind][template]
     return chosen
 
 
-def patches_of(objects: tuple[Object, ...]) -> list[int]:
+def _by_template(questions: list[Question]) -> dict[str, dict[str, list[Question]]]:
+    """Questions by template, and then by template and answer."""
+    found: dict[str, dict[str, list[Question]]] = {}
+    for question in questions:
+        answers = found.setdefault(question.template, {})
+        answers.setdefault(f"{question.template} {question.answer}", []).append(question)
+    return found
+
+
+def patches_of(objects: tuple[Object, ...], radii: Mapping[str, float]) -> list[int]:
     """Grid cells that some objects cover, ascending."""
     cells = set()
     for o in objects:
         low_x, high_x, low_y, high_y = (
             min(GRID - 1, max(0, int(GRID * edge)))
-            for edge in (o.x - RADII[o.size], o.x + RADII[o.size], o.y - RADII[o.size], o.y + RADII[o.size])
+            for edge in (o.x - radii[o.size], o.x + radii[o.size], o.y - radii[o.size], o.y + radii[o.size])
         )
         cells |= {row * GRID + column for row in range(low_y, high_y + 1) for column in range(low_x, high_x + 1)}
     return sorted(cells)
 
 
-def render(objects: list[Object], size: int, rng: np.random.Generator) -> Image.Image:
-    """The scene as an image: drawn at four times its size and scaled down, over a tinted background with a few gray
-    strokes and specks that mean nothing."""
-    scale = 4 * size
+def render(objects: list[Object], size: int, rng: np.random.Generator, layout: Layout = LAYOUT) -> Image.Image:
+    """The scene as an image: drawn larger and scaled down, over a tinted background with a few gray strokes and specks
+    that mean nothing."""
+    scale = layout.finer * size
     background = tuple(int(value) for value in rng.integers(215, 256, 3))
     image = Image.new("RGB", (scale, scale), background)
     draw = ImageDraw.Draw(image)
@@ -179,16 +242,16 @@ def render(objects: list[Object], size: int, rng: np.random.Generator) -> Image.
         (x, y), (dx, dy) = rng.uniform(0, scale, 2), rng.normal(0, scale / 10, 2)
         draw.line((x, y, x + dx, y + dy), fill=(150, 150, 150), width=max(2, scale // 64))
     for o in objects:
-        color = tuple(int(np.clip(value + rng.normal(0, 10), 0, 255)) for value in PALETTE[o.color])
-        _draw(draw, o, scale, color)
+        color = tuple(int(min(255, max(0, value + rng.normal(0, 10)))) for value in PALETTE[o.color])
+        _draw(draw, o, scale, layout.radii[o.size] * scale, color)
     pixels = np.array(image.resize((size, size), Image.Resampling.BOX))
     specks = rng.random((size, size)) < 0.02
     pixels[specks] = rng.integers(90, 200, (int(specks.sum()), 1))
     return Image.fromarray(pixels)
 
 
-def _draw(draw: ImageDraw.ImageDraw, o: Object, scale: int, color: Any) -> None:
-    x, y, radius = o.x * scale, o.y * scale, RADII[o.size] * scale
+def _draw(draw: ImageDraw.ImageDraw, o: Object, scale: int, radius: float, color: Any) -> None:
+    x, y = o.x * scale, o.y * scale
     if o.shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     elif o.shape == "square":

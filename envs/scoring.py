@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +19,19 @@ def normalise(answer: str) -> str:
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
     """1 if the answer equals an accepted one after normalisation, else 0."""
     return float(normalise(answer) in {normalise(other) for other in accepted})
+
+
+def token_f1(answer: str, accepted: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall of the answer's words, in whatever order, against the accepted answer that
+    it meets best (Rajpurkar et al. 2016, arXiv 1606.05250; articles count here)."""
+    said = _words(answer)
+    found = [2 * (said & own).total() / (said.total() + own.total()) for own in map(_words, accepted)]
+    return max(found, default=0.0)
+
+
+def _words(answer: str) -> Counter[str]:
+    """How often each word is in an answer; one that is all punctuation is one word."""
+    return Counter(re.findall(r"\w+", normalise(answer)) or [normalise(answer)])
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:

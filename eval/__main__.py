@@ -25,9 +25,10 @@ from eval.demo.command import Demo
 from eval.evaluate import Record, check_budgets, outcomes_met
 from eval.experiment.command import Experiment
 from eval.failures import working
+from eval.gpu import Gpu
 from eval.latency import calibrate, device_name, measure
 from eval.policies import backbone_of, load_planner, load_planners, with_layout
-from eval.question_only import question_only_accuracy
+from eval.question_only import QuestionOnly, question_only_accuracy
 from eval.scale_out import ScaleOut
 from eval.search_static import SearchStatic
 from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
@@ -298,6 +299,7 @@ Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Latency, tyro.conf.subcommand("latency")]
     | Annotated[Elasticity, tyro.conf.subcommand("elasticity")]
+    | Annotated[QuestionOnly, tyro.conf.subcommand("question-only")]
     | Annotated[Gradients, tyro.conf.subcommand("gradients")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[SearchStatic, tyro.conf.subcommand("search-static")]
@@ -305,6 +307,7 @@ Command = (
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Gpu, tyro.conf.subcommand("gpu")]
     | Annotated[ScaleOut, tyro.conf.subcommand("scale-out")]
 )
 

@@ -52,7 +52,7 @@ def bench_environment(backbone: Backbone, data: str, rows: int = 256, repeats: i
     encoding = bank.gather(numbers)
     budgets = torch.rand(rows, generator=generator, dtype=torch.float64) * 0.8 + 0.2
     masks = random_plans(backbone, encoding, budgets, generator)
-    actions = core.layout.flatten(masks).numpy().astype(np.int8)
+    actions = core.layout.flatten(masks).cpu().numpy().astype(np.int8)
     share = np.full(rows, 1.0, np.float32)
 
     def forward() -> None:

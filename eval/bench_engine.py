@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -18,23 +19,41 @@ from eval.latency import device_name, interleaved
 Figure = tuple[str, float, str]
 
 
-def plan_at(backbone: Backbone, encoding: Encoding, axis: str, share: float) -> Masks:
-    """A plan that spends about ``share`` of the full FLOPs, by one axis or by all three alike."""
-    layout = backbone.layout
+def plan_at(backbone: Backbone, encoding: Encoding, axis: str, share: float, scattered: bool = False) -> Masks:
+    """A plan that spends about ``share`` of the full FLOPs, by one axis or by all three alike.
+
+    Args:
+        backbone: prices the plan.
+        encoding: B queries, all under this plan.
+        axis: ``"tokens"``, ``"heads"``, ``"layers"`` or ``"all"``.
+        share: of the full plan's FLOPs.
+        scattered: keep other heads in every layer, as trained controllers do; by default the first ones of all layers,
+            whose weights need no copy.
+    """
+    layout, device = backbone.layout, encoding.visual_BND.device
     full = int(backbone.full_llm_flops(encoding)[0])
+    order_LH = torch.arange(layout.heads).expand(layout.layers, -1)
+    if scattered:
+        order_LH = torch.rand(order_LH.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
 
     def plan(keep: float) -> Masks:
-        masks = layout.full(len(encoding))
+        masks = layout.full(len(encoding), device)
         if axis in ("tokens", "all"):
             masks.tokens[:, round(keep * layout.tokens) :] = False
         if axis in ("heads", "all"):
-            masks.heads[..., max(1, round(keep * layout.heads)) :] = False
+            kept_LH = order_LH < max(1, round(keep * layout.heads))
+            masks.heads.copy_(kept_LH.to(device).expand_as(masks.heads))
         if axis in ("layers", "all"):
             masks.layers[:, max(1, round(keep * layout.layers)) :] = False
         return masks
 
+    def spent(keep: float) -> float:
+        return int(backbone.cost(encoding, plan(keep)).llm[0]) / full
+
     steps = [step / 200 for step in range(1, 201)]
-    return plan(min(steps, key=lambda keep: abs(int(backbone.cost(encoding, plan(keep)).llm[0]) / full - share)))
+    above = bisect_left(steps, share, key=spent)  # more is kept for more
+    near = steps[max(0, above - 1) : above + 1]
+    return plan(min(near, key=lambda keep: abs(spent(keep) - share)))
 
 
 def bench_engine(
@@ -53,16 +72,17 @@ def bench_engine(
     ]
 
 
-def _prefill(backbone: Backbone, encoding: Encoding, masks: Masks) -> None:
+def prefill(backbone: Backbone, encoding: Encoding, masks: Masks) -> None:
     with torch.no_grad():
         backbone.prefill(encoding, masks)
 
 
-def _hugging_face(backbone: Backbone, encoding: Encoding) -> None:
-    """The stock decoder on the full sequence, up to the first answer token's logits."""
+def hugging_face(backbone: Backbone, encoding: Encoding) -> None:
+    """The stock decoder on the full sequences, equally long ones, up to the first answer token's logits."""
     x_PD = backbone.pack(encoding, backbone.full(encoding)).x_PD
+    x_BSD = x_PD.unflatten(0, (len(encoding), -1))
     with torch.no_grad():
-        hidden = backbone.model.model.language_model(inputs_embeds=x_PD[None], use_cache=False).last_hidden_state
+        hidden = backbone.model.model.language_model(inputs_embeds=x_BSD, use_cache=False).last_hidden_state
         backbone.model.lm_head(hidden[:, -1])
 
 
@@ -75,9 +95,9 @@ def _by_axis(backbone: Backbone, repeats: int) -> list[tuple[str, float]]:
     }
     full = backbone.full(encoding)
     sides: dict[str, Callable[[], object]] = {
-        "hf": partial(_hugging_face, backbone, encoding),
-        "full": partial(_prefill, backbone, encoding, full),
-        **{name: partial(_prefill, backbone, encoding, masks) for name, masks in plans.items()},
+        "hf": partial(hugging_face, backbone, encoding),
+        "full": partial(prefill, backbone, encoding, full),
+        **{name: partial(prefill, backbone, encoding, masks) for name, masks in plans.items()},
     }
     seconds = interleaved(sides, repeats, backbone.device)
     flops = int(backbone.full_llm_flops(encoding)[0])
@@ -96,7 +116,7 @@ def _mixed_batch(backbone: Backbone, repeats: int) -> list[tuple[str, float]]:
         [plan_at(backbone, row, axis, share) for share in (0.5, 0.25) for axis in ("tokens", "layers", "heads", "all")]
     )
     full = backbone.full(encoding)
-    sides = {"full": partial(_prefill, backbone, encoding, full), "mixed": partial(_prefill, backbone, encoding, masks)}
+    sides = {"full": partial(prefill, backbone, encoding, full), "mixed": partial(prefill, backbone, encoding, masks)}
     seconds = interleaved(sides, max(3, repeats // 3), backbone.device)
     cut = float(backbone.full_llm_flops(encoding).sum() / backbone.cost(encoding, masks).llm.sum())
     return [("speedup_over_cut_mixed_batch", seconds["full"] / seconds["mixed"] / cut)]
@@ -105,20 +125,25 @@ def _mixed_batch(backbone: Backbone, repeats: int) -> list[tuple[str, float]]:
 def _decoding(backbone: Backbone, repeats: int, steps: int = 8) -> list[tuple[str, float]]:
     """Time per output token with every second layer skipped, over that of the full plan."""
     encoding = encode_noise(backbone, 1)
-    half = backbone.layout.full(1)
+    half = backbone.full(encoding)
     half.layers[:, 1::2] = False
-    sides: dict[str, Callable[[], object]] = {}
-    for name, masks in (("full", backbone.full(encoding)), ("half", half)):
-        with torch.no_grad():
-            _, cache = backbone.prefill(encoding, masks, cache=True)
-        assert cache is not None
-
-        def decode(cache: object = cache) -> None:
-            fork = cache.fork()  # type: ignore[attr-defined]
-            with torch.no_grad():
-                for step in range(steps):
-                    backbone.extend(torch.tensor([[5]], device=backbone.device), encoding.next_rope_B + step, fork)
-
-        sides[name] = decode
+    plans = {"full": backbone.full(encoding), "half": half}
+    sides = {name: decoding(backbone, encoding, masks, steps) for name, masks in plans.items()}
     seconds = interleaved(sides, repeats, backbone.device)
     return [("tpot_half_layers", seconds["half"] / seconds["full"])]
+
+
+def decoding(backbone: Backbone, encoding: Encoding, masks: Masks, steps: int) -> Callable[[], None]:
+    """What decodes so many tokens a row under prefilled plans, each time anew."""
+    with torch.no_grad():
+        _, cache = backbone.prefill(encoding, masks, cache=True)
+    ids_B1 = torch.full((len(encoding), 1), 5, device=backbone.device)
+
+    def decode() -> None:
+        assert cache is not None
+        fork = cache.fork()
+        with torch.no_grad():
+            for step in range(steps):
+                backbone.extend(ids_B1, encoding.next_rope_B + step, fork)
+
+    return decode

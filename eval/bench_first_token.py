@@ -50,7 +50,7 @@ def first_token_figures(backbone: Backbone, repeats: int, keep: int = 64) -> lis
     full = measure(backbone, FullPlanner(backbone), [[query]], 1.0, repeats=repeats)
     pruned = measure(backbone, pruned_by, [[query]], 0.5, repeats=repeats)
     encoding = backbone.encode([query])
-    plan = pruned_by.plan(encoding, torch.tensor([0.5], dtype=torch.float64))
+    plan = pruned_by.plan(encoding, torch.tensor([0.5], dtype=torch.float64, device=backbone.device))
     costs = (
         backbone.cost(encoding, backbone.full(encoding), new_tokens=1),
         backbone.cost(encoding, plan, pruned_by.controller_flops(encoding), new_tokens=1),

@@ -77,10 +77,12 @@ def llava_7b(
         text: other sizes of the language model.
     """
     torch.manual_seed(0)
-    processor = build_tiny([QUESTION], image_size=336, patch_size=14, hidden=32, layers=1)[1]
+    tower = CLIP_LARGE | (vision or {})
+    image = {name: tower[name] for name in ("image_size", "patch_size")}
+    processor = build_tiny([QUESTION], **image, hidden=32, layers=1)[1]
     tokenizer: Any = processor.tokenizer
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**(CLIP_LARGE | (vision or {}))),
+        vision_config=CLIPVisionConfig(**tower),
         text_config=LlamaConfig(**(VICUNA_7B | (text or {}))),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

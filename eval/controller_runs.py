@@ -42,7 +42,7 @@ class ControllerRunConfig(Placement, Answering):
     """Options of every training of a controller."""
 
     backbone: str = "tiny"
-    """Which VLM answers: `tiny` (embedded, nothing to download), a folder, or a hub id."""
+    """Which VLM answers: `tiny` or `small` (embedded, nothing to download), a folder, or a hub id."""
     data: str = "easy-vqa"
     """Queries: a name (`easy-vqa`, `scenes`), or a path with the columns image, question, answers."""
     axes: tuple[str, ...] = AXES

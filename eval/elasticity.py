@@ -36,6 +36,16 @@ def accuracy_by_kind(
     scores = np.concatenate(
         [_scores(backbone, encoding, backbone.full(encoding), cut) for encoding in _batches(bank, "full plan")]
     )
+    return by_kind(scores, queries)
+
+
+def by_kind(scores: np.ndarray, queries: DatasetQueries) -> dict[str, tuple[float, int]]:
+    """Mean score and number of queries over all, and of each kind of question where the data names kinds.
+
+    Args:
+        scores: (queries,) one each.
+        queries: what was asked.
+    """
     table = {"all": (float(scores.mean()), len(scores))}
     for kind in sorted(set(queries.kinds or ())):
         own = scores[[each == kind for each in queries.kinds or ()]]

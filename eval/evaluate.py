@@ -6,7 +6,7 @@ Shape legend: B queries of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -23,7 +23,7 @@ from backbones.errors import InputError, as_python
 from backbones.masks import Masks
 from envs.answer_length import answer_cut
 from envs.queries import DatasetQueries
-from envs.scoring import score
+from envs.scoring import score, token_f1
 from eval.failures import report_failed
 from policies.baselines import Planner, notes_of
 from policies.milliseconds import MillisecondPlanner
@@ -31,6 +31,7 @@ from policies.projection import budget_flops
 
 Record = dict[str, Any]
 Columns = dict[str, np.ndarray]
+Scores = Mapping[str, Callable[[str, Sequence[str]], float]]
 
 
 def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
@@ -99,7 +100,7 @@ def outcomes(
     A benchmark's official scores are in the record's ``parts``, by part of the data set and metric. Where answers may
     have several tokens, the record says where they were cut, how many they had (``answer_tokens``), and the share of
     the full plan's LLM FLOPs, which are priced at the expected length, that plans spent with them
-    (``spent_llm_flops_ratio``).
+    (``spent_llm_flops_ratio``); and, unless a rule scores them, their mean ``f1`` (``envs.scoring.token_f1``).
 
     Args:
         planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
@@ -120,6 +121,7 @@ def outcomes(
     source = bank.source
     assert isinstance(source, DatasetQueries)
     cut = answer_cut(backbone, source, max_new_tokens)
+    scores = {"accuracy": score} | ({"f1": token_f1} if cut > 1 and source.rules == (None,) else {})
     batches = [range(start, min(start + batch_size, len(bank))) for start in range(0, len(bank), batch_size)]
     measured: list[list[Columns]] = [[] for _ in budgets]
     said: list[list[str]] = [[] for _ in budgets]
@@ -133,7 +135,7 @@ def outcomes(
             answered += valid
             for parts, texts, budget in zip(measured, said, budgets, strict=True):
                 if encoding is not None:
-                    columns, own = _measure(planner, backbone, encoding, budget, cut)
+                    columns, own = _measure(planner, backbone, encoding, budget, cut, scores)
                     parts.append(columns)
                     texts += own
                 bar.update(len(numbers))
@@ -151,7 +153,7 @@ def outcomes(
 
 
 def _measure(
-    planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int
+    planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int, scores: Scores
 ) -> tuple[Columns, list[str]]:
     """What records summarise, each (B,), and the answers."""
     budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=backbone.device)
@@ -161,9 +163,9 @@ def _measure(
     controller = planner.controller_flops(encoding)
     cost = backbone.cost(encoding, masks, controller)
     full = backbone.cost(encoding, backbone.full(encoding))
-    accuracy = [score(text, accepted) for text, accepted in zip(answers.texts, encoding.answers, strict=True)]
+    pairs = list(zip(answers.texts, encoding.answers, strict=True))
     columns = {
-        "accuracy": torch.tensor(accuracy),
+        **{name: torch.tensor([each(text, accepted) for text, accepted in pairs]) for name, each in scores.items()},
         "llm_flops_ratio": cost.llm / full.llm,
         "total_flops_ratio": cost.total / full.total,
         "violations": cost.llm > budget_flops(budgets_B, full.llm),

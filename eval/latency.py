@@ -5,6 +5,7 @@ Warm-up first, clocks read only after the device has finished, medians and 95th 
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import sys
@@ -81,6 +82,7 @@ def interleaved(
     device: torch.device,
     warm_up: int = 1,
     progress: str | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, float]:
     """Median seconds of each side, the sides taken in turn so that a busy machine slows all alike.
 
@@ -90,14 +92,18 @@ def interleaved(
         device: waited for before a clock is read.
         warm_up: rounds before them.
         progress: label of a progress bar; none by default.
+        seconds: after which no further round begins, once one has counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    began = time.perf_counter()
     for round_number in tqdm(range(warm_up + repeats), desc=progress, unit="round", disable=progress is None):
+        if round_number > warm_up and time.perf_counter() - began > seconds:
+            break
         for name, function in sides.items():
             taken = timed(function, device)
             if round_number >= warm_up:
-                seconds[name].append(taken)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+                times[name].append(taken)
+    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 @torch.no_grad()

@@ -5,14 +5,46 @@ Shape legend: B questions, F words and pairs of words.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from backbones.wording import words_and_pairs
-from envs.queries import DatasetQueries
+from envs.queries import DatasetQueries, load_queries
 from envs.scoring import reference, score
+from eval import cli, elasticity
+
+
+@dataclass
+class QuestionOnly:
+    """How often answers can be guessed from the question: the accuracy, by kind of question, of a classifier that is
+    trained on the data's training split and never sees an image.
+
+    Example: python -m eval question-only --data scenes-long
+    """
+
+    data: str = "scenes"
+    """Queries: a name, or a path with the columns image, question, answers."""
+    split: str = "test"
+    """train, validation or test; what is asked."""
+    limit: int | None = None
+    """Use so many queries of the split, spread over it."""
+    seed: int = 0
+    """Of the classifier's weights and batches."""
+    json: Path | None = None
+    """Also write the figures there."""
+
+    def run(self) -> None:
+        cli.check_output("--json", self.json)
+        train, asked = load_queries(self.data, "train"), load_queries(self.data, self.split).spread(self.limit)
+        kinds = elasticity.by_kind(question_only_accuracy(train, asked, seed=self.seed), asked)
+        cli.write_json(self.json, [{"data": self.data, "split": self.split, "seed": self.seed, "kinds": kinds}])
+        print(elasticity.kinds_table(kinds))
 
 
 def question_only_accuracy(train: DatasetQueries, test: DatasetQueries, steps: int = 600, seed: int = 0) -> np.ndarray:
@@ -32,7 +64,7 @@ def question_only_accuracy(train: DatasetQueries, test: DatasetQueries, steps: i
     model = _Classifier(len(features.numbers) + 1, len(answers))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     rng = np.random.default_rng(seed)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc="questions alone", unit="step"):
         picked = rng.integers(len(texts), size=512)
         loss = F.cross_entropy(model([features.bags[row] for row in picked]), targets[picked])
         optimizer.zero_grad()

@@ -27,6 +27,7 @@ COLUMNS = (
     ("budget", "budget", "{:.2f}"),
     ("accuracy", "accuracy %", "{:.2%}"),
     (INTERVAL, "± %", "{:.2%}"),
+    ("f1", "F1 %", "{:.2%}"),
     ("llm_flops_ratio", "LLM FLOPs %", "{:.1%}"),
     ("total_flops_ratio", "total FLOPs %", "{:.1%}"),
     ("budget_violations", "over budget", "{}"),

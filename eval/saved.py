@@ -11,7 +11,7 @@ import torch
 
 from backbones.backbone import Backbone
 from backbones.errors import InputError
-from backbones.loading import load_backbone
+from backbones.loading import EMBEDDED, load_backbone
 from backbones.lora import holds_adapters
 from backbones.plain_files import MALFORMED, read_json
 from eval.runs import RunFolder
@@ -63,7 +63,7 @@ def followed(folder: Path, name: str) -> str:
     if name == str(model):
         may = model.resolve().parent == folder.resolve() and not holds_adapters(model)
     else:
-        may = name == "tiny" or HUB_ID.fullmatch(name) is not None
+        may = name in EMBEDDED or HUB_ID.fullmatch(name) is not None
     if may:
         return name
     raise InputError(

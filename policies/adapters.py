@@ -32,9 +32,11 @@ def save_model(model: Any, backbone: Backbone, folder: Path) -> None:
 
     Adapters name the model below them as the user did, not by where it happened to lie.
     """
+    options = {}
     if isinstance(model, PeftModel):
+        options["save_embedding_layers"] = False  # they are not adapted, which PEFT would ask the hub about
         for config in model.peft_config.values():
             config.base_model_name_or_path = backbone.name
     with whole_folder(folder) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, **options)
         backbone.processor.save_pretrained(unfinished)

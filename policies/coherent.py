@@ -1,4 +1,5 @@
-"""Orders in which visual tokens may leave together in training: by what they show, or by where they are.
+"""What random plans of a training are like; above all, orders in which visual tokens may leave together: by what they
+show, or by where they are.
 
 A controller keeps what a question is about. A model that has met only tokens drawn independently, every part of an
 image thinned out alike, can answer worse from tokens chosen well than from as many drawn at random.
@@ -14,6 +15,13 @@ import torch
 from torch import Tensor
 
 from backbones.encoding import Encoding
+
+SHARPNESS = 3.0
+"""Of the split between tokens, heads and layers in training plans (``random_waits``): a third of them cut
+almost nothing but one, for a model loses most under kinds of plans that it has not met."""
+
+RESTORED_SHARE = 0.5
+"""Of the training plans whose dropped tokens are merged into kept ones with restored positions."""
 
 KINDS = ("alone", "content", "place")
 CHANCES = (0.4, 0.3, 0.3)

@@ -42,17 +42,9 @@ from backbones.shared_prefix import answer_logits, can_share
 from backbones.survivors import RESTORED, Survivors
 from policies.baselines import random_waits
 from policies.checkpoints import reading_newest
-from policies.coherent import reorder_tokens
+from policies.coherent import RESTORED_SHARE, SHARPNESS, reorder_tokens
 from policies.projection import least_share, project
 from policies.training_queries import TrainingQueries
-
-SHARPNESS = 3.0
-"""Of the split between tokens, heads and layers in training plans (``random_waits``): a third of them cut
-almost nothing but one, for a model loses most under kinds of plans that it has not met."""
-
-RESTORED_SHARE = 0.5
-"""Of the training plans whose dropped tokens are merged into kept ones with restored positions."""
-
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and the one before."""

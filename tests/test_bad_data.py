@@ -204,6 +204,7 @@ WHATEVER = {
     "eval latency full --backbone {vlm} --repeats 2": "test",
     "eval search-static --backbone {vlm} --out static.json --tries 2": "validation",
     "eval elasticity --backbone {vlm} --plans 2": "train",
+    "eval question-only": "train",
     "eval scale-out --backbone {vlm} --rows 2 --repeats 1 --steps 2": "validation",
     "eval audit random --backbone {vlm} --budgets 0.7 --plans 2": "test",
 }

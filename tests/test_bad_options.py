@@ -303,6 +303,16 @@ COMMANDS = [
         )
     ),
     *(
+        Line(f"eval question-only --data {{data}} {given}", words)
+        for given, words in (
+            ("--limit 0", "limit is 0"),
+            ("--split dev", "split is 'dev'"),
+            ("--seed -1", "--seed is -1"),
+            ("--json nowhere/a.json", "nowhere"),
+            ("--data nothing", "unknown data 'nothing'"),
+        )
+    ),
+    *(
         Line(f"eval elasticity {HERE} {given}", words)
         for given, words in (
             ("--plans 0", "--plans is 0"),

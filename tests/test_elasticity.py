@@ -13,6 +13,8 @@ from backbones import EncodingBank, InputError
 from backbones.masks import AXES
 from envs import load_queries
 from envs.queries import DatasetQueries
+from envs.scene_sentences import SENTENCE_ASKERS
+from envs.scenes_long import SHORT_ASKERS
 from eval.elasticity import accuracy_by_axis, accuracy_by_kind, axes_table, kinds_table, room_for_choice
 from eval.question_only import question_only_accuracy
 from policies.baselines import BASELINES, random_plans
@@ -106,6 +108,19 @@ def test_a_question_only_model_finds_what_the_question_says_and_no_more():
 def test_scenes_cannot_be_answered_without_the_image():
     train, test = (load_queries("scenes:images=1000", split) for split in ("train", "validation"))
     assert question_only_accuracy(train, test, steps=300).mean() <= 0.45
+
+
+@pytest.mark.slow
+def test_long_scenes_cannot_be_answered_without_the_image(monkeypatch, capsys, tmp_path):
+    """By the command, kind by kind; half of the questions are short."""
+    command(
+        monkeypatch, eval_main.main, "question-only", "--data", "scenes-long:images=400", "--json", tmp_path / "q.json"
+    )
+    (figures,) = json.loads((tmp_path / "q.json").read_text())
+    found = figures["kinds"]
+    assert capsys.readouterr().out.count("\n") == 2 + len(found) and found["all"][1] == 8 * 400
+    for kinds, most in ((SHORT_ASKERS, 0.45), (SENTENCE_ASKERS, 0.05)):
+        assert np.average([found[kind][0] for kind in kinds], weights=[found[kind][1] for kind in kinds]) <= most
 
 
 @pytest.mark.slow

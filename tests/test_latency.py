@@ -85,13 +85,16 @@ def test_calibration_measures_and_saves(small, source, tmp_path):
 
 
 @pytest.mark.parametrize("axis", ["tokens", "layers", "heads", "all"])
-@pytest.mark.parametrize("share", [0.5, 0.25])
-def test_bench_plans_cost_what_they_say(axis, share):
+@pytest.mark.parametrize(("share", "scattered"), [(0.5, False), (0.25, False), (0.25, True)])
+def test_bench_plans_cost_what_they_say(axis, share, scattered):
     backbone = llava_like(hidden=64, layers=8, heads=16, intermediate=176)
     encoding = encode_noise(backbone, 1)
     assert int(encoding.text_tokens[0]) == 40 and backbone.layout.tokens == 576
-    spent = backbone.cost(encoding, plan_at(backbone, encoding, axis, share)).llm / backbone.full_llm_flops(encoding)
+    plan = plan_at(backbone, encoding, axis, share, scattered)
+    spent = backbone.cost(encoding, plan).llm / backbone.full_llm_flops(encoding)
     assert float(spent) == pytest.approx(share, abs=0.04)
+    differ = bool((plan.heads != plan.heads[:, :1]).any())
+    assert differ == (scattered and axis in ("heads", "all"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -62,7 +62,7 @@ def test_smaller_limits_make_smaller_images(folders, source):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("huge", {}, "unknown backbone 'huge'; use 'tiny', a folder, or a hub id"),
+        ("huge", {}, "unknown backbone 'huge'; use 'tiny', 'small', a folder, or a hub id"),
         ("/nowhere", {}, "'/nowhere' could not be read"),
         ("llava", {"heads": 3}, "3 head slots do not fit 8 query heads"),
         ("llava", {"width": "depth"}, "width is 'depth'"),

@@ -94,7 +94,7 @@ def test_larger_images_show_the_same_scene():
     assert small["question"] == large["question"]
 
 
-def answer_by_hand(objects, question):
+def answer_by_hand(objects, question, apart=APART):
     """Answers read off the scene by a parser that shares no code with the questions' maker."""
     words = question.rstrip("?").split()
 
@@ -121,7 +121,7 @@ def answer_by_hand(objects, question):
             anchor = find(*words[-2:])
             if question.startswith("is the"):
                 return "yes" if sign * (getattr(find(*words[2:4]), axis) - getattr(anchor, axis)) > 0 else "no"
-            beyond = [o for o in objects if sign * (getattr(o, axis) - getattr(anchor, axis)) >= APART]
+            beyond = [o for o in objects if sign * (getattr(o, axis) - getattr(anchor, axis)) >= apart]
             assert len(beyond) == 1
             return getattr(beyond[0], words[1])
     if words[1] == "size":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backbones.soft_decoder import CEILING, Gates, _GatedSoftmax, soft_answer_logits, soft_llm_flops
-from tests.conftest import random_masks
+from tests.conftest import build, random_masks
 
 NUMBERS = [0, 1, 2, 3, 4, 5]
 
@@ -59,6 +59,23 @@ def test_every_decision_gets_a_gradient_kept_or_dropped(backbone, bank):
     assert (gates.heads.grad[runs] != 0).all() and (gates.heads.grad[~runs] == 0).all()
     has_heads = gates.heads.detach().any(2) | (backbone.decoder.width == "heads")
     assert (gates.layers.grad[has_heads] != 0).all(), "a layer without heads adds nothing, kept or not"
+
+
+def test_half_precision_weights_take_the_same_gates(source):
+    """Logits and gradients are float32, and near those of the same weights in float32."""
+    backbone = build(seed=5)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone.model.to(dtype)
+        gates = Gates.of(random_masks(backbone, 2, seed=4))
+        gates.heads.requires_grad_()
+        encoding = backbone.encode([source[0], source[2]])
+        logits = soft_answer_logits(backbone, encoding, gates, [[], []])
+        logits.log_softmax(-1)[:, 5].sum().backward()
+        assert logits.dtype == gates.heads.grad.dtype == torch.float32
+        found.append((logits.detach(), gates.heads.grad))
+    for exact, rounded in zip(*found, strict=True):
+        assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_gradients_are_those_of_small_steps(small, source):

@@ -1,0 +1,30 @@
+"""``python -m policies.grow``: grow the backbone ``small``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from backbones.errors import InputError
+from policies.grow.language import language
+from policies.grow.pools import plans
+from policies.grow.run import GrowConfig
+from policies.grow.tower import tower
+
+PHASES = {"plans": plans, "tower": tower, "language": language}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = tyro.cli(GrowConfig, args=arguments, prog="python -m policies.grow")
+    given.check()
+    PHASES[given.phase](given)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
