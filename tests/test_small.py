@@ -11,7 +11,6 @@ import torch
 
 from backbones import Backbone, InputError, load_backbone, small_cache, smollm2
 from backbones.families.llava import LlavaFamily
-from backbones.loading import EMBEDDED
 from backbones.query_encoder import QueryEncoder
 from backbones.small import build_small
 from backbones.small_deltas import apply_deltas, delta_files
@@ -294,9 +293,3 @@ def test_adapters_on_it_are_merged_into_it(loaded, shipped, tmp_path):
     before, after = (each.model.model.language_model.layers[1].self_attn.o_proj.weight for each in (loaded, again))
     assert not torch.equal(before, after)
     assert torch.equal(loaded.model.lm_head.weight, again.model.lm_head.weight)
-
-
-@pytest.mark.skipif(any(EMBEDDED["small"].glob("*.safetensors")), reason="the weights are there")
-def test_it_says_so_where_it_has_no_weights_yet():
-    with pytest.raises(InputError, match="backbone 'small' has no weights yet"):
-        load_backbone("small")
