@@ -28,4 +28,4 @@ train: ## The README's first command
 	python train_rl.py --out runs/first
 
 gpu: ## What the project claims, measured on the GPU that is here: 150 seconds, figures in results/gpu
-	python -m eval gpu --out results/gpu
+	python -m maskgym.eval gpu --out results/gpu

@@ -1,11 +1,11 @@
 """The ground: plans, their cost, encodings, masked execution, and the VLMs."""
 
-from backbones.backbone import Answers, Backbone
-from backbones.cost import Cost
-from backbones.encoding import Encoding, EncodingBank, Query
-from backbones.errors import InputError
-from backbones.loading import load_backbone
-from backbones.masks import MaskLayout, Masks
+from maskgym.backbones.backbone import Answers, Backbone
+from maskgym.backbones.cost import Cost
+from maskgym.backbones.encoding import Encoding, EncodingBank, Query
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.loading import load_backbone
+from maskgym.backbones.masks import MaskLayout, Masks
 
 __all__ = [
     "Answers",

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.encoding import Encoding
-from backbones.masks import Masks
-from backbones.picking import pick
-from backbones.survivors import RENUMBERED, RESTORED, Survivors
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.picking import pick
+from maskgym.backbones.survivors import RENUMBERED, RESTORED, Survivors
 
 
 @dataclass(frozen=True)

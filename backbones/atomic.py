@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 """Names, beside a folder, of what will take its place and of what was there."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.errors import InputError
-from backbones.ragged import Ragged
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.ragged import Ragged
 
 try:
     from flash_attn import flash_attn_varlen_func

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from backbones.arrange import arrange
-from backbones.cost import Cost
-from backbones.decoder import MaskedDecoder
-from backbones.encoding import Encoding
-from backbones.errors import InputError, check_count, query_named
-from backbones.family import Family
-from backbones.kv_cache import KVCache
-from backbones.masks import MaskLayout, Masks
-from backbones.packed import Packed, pack
-from backbones.plan_cost import making_flops
-from backbones.query_encoder import QueryEncoder
-from backbones.stages import token_counts
+from maskgym.backbones.arrange import arrange
+from maskgym.backbones.cost import Cost
+from maskgym.backbones.decoder import MaskedDecoder
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError, check_count, query_named
+from maskgym.backbones.family import Family
+from maskgym.backbones.kv_cache import KVCache
+from maskgym.backbones.masks import MaskLayout, Masks
+from maskgym.backbones.packed import Packed, pack
+from maskgym.backbones.plan_cost import making_flops
+from maskgym.backbones.query_encoder import QueryEncoder
+from maskgym.backbones.stages import token_counts
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backbones.masks import Masks
+from maskgym.backbones.masks import Masks
 
 
 @dataclass(frozen=True)

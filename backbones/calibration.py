@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backbones.ragged import Ragged
+from maskgym.backbones.ragged import Ragged
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.attention import attend_to_cache, attend_within_rows, check_kernel, rotate, to_heads
-from backbones.blocks import Block, LayerPlan, plan_layers
-from backbones.cost import DecoderShape
-from backbones.errors import InputError
-from backbones.frame import Frame
-from backbones.kv_cache import CachedBlock, KVCache
-from backbones.masks import Masks
-from backbones.packed import Packed
-from backbones.ragged import Ragged
-from backbones.sliced_linear import sliced_inputs, sliced_outputs
-from backbones.staging import Listener, Staging
-from backbones.token_scores import Heard
+from maskgym.backbones.attention import attend_to_cache, attend_within_rows, check_kernel, rotate, to_heads
+from maskgym.backbones.blocks import Block, LayerPlan, plan_layers
+from maskgym.backbones.cost import DecoderShape
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.frame import Frame
+from maskgym.backbones.kv_cache import CachedBlock, KVCache
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.packed import Packed
+from maskgym.backbones.ragged import Ragged
+from maskgym.backbones.sliced_linear import sliced_inputs, sliced_outputs
+from maskgym.backbones.staging import Listener, Staging
+from maskgym.backbones.token_scores import Heard
 
 WIDTHS = ("heads+mlp", "heads")
 

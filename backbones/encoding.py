@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.errors import InputError
-from backbones.images import upright_rgb
-from backbones.saliency import Saliency
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.images import upright_rgb
+from maskgym.backbones.saliency import Saliency
 
 LOOKED_UP = 65536
 """Queries whose texts and image keys a bank remembers, and questions and answers whose ids a backbone does: the last
@@ -155,7 +155,7 @@ class Encoding:
 
 
 class QuerySource(Protocol):
-    """Queries by number; what ``envs.queries.load_queries`` returns."""
+    """Queries by number; what ``maskgym.envs.queries.load_queries`` returns."""
 
     def __len__(self) -> int: ...
 

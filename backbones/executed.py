@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import Masks
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
 
 
 def executed_answer_logits(

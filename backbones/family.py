@@ -1,8 +1,8 @@
 """What differs between model families, and the list of those supported.
 
 A family says where the decoder is, how many visual tokens an image can have, what its vision side costs, and how its
-rotary positions run. Everything else is the same for all and lives in ``backbones.query_encoder`` and
-``backbones.backbone``.
+rotary positions run. Everything else is the same for all and lives in ``maskgym.backbones.query_encoder`` and
+``maskgym.backbones.backbone``.
 
 Shape legend: S tokens of a sequence, R rotary position components.
 """
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones.cost import clip_tower_flops, mlp_flops
-from backbones.errors import InputError
-from backbones.saliency import Saliency
+from maskgym.backbones.cost import clip_tower_flops, mlp_flops
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.saliency import Saliency
 
 
 class Family(ABC):
@@ -34,7 +34,7 @@ class Family(ABC):
     rope_needs_grid: ClassVar[bool] = False
     """Whether rotary positions follow the image's grid (``rope``) instead of the place in the sequence."""
     signals: ClassVar[tuple[str, ...]] = ()
-    """What the vision tower can be asked (``backbones.saliency.SIGNALS``)."""
+    """What the vision tower can be asked (``maskgym.backbones.saliency.SIGNALS``)."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor, self.config = model, processor, model.config

@@ -11,7 +11,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from backbones.errors import InputError, queries_named
+from maskgym.backbones.errors import InputError, queries_named
 
 
 def check_finite(what: str, values: Tensor, ids: Sequence[str], advice: str) -> None:

@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from backbones.errors import InputError, first_line
-from backbones.families import FAMILIES
-from backbones.plain_files import read_json
-from backbones.tensor_files import tensor_shapes
+from maskgym.backbones.errors import InputError, first_line
+from maskgym.backbones.families import FAMILIES
+from maskgym.backbones.plain_files import read_json
+from maskgym.backbones.tensor_files import tensor_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

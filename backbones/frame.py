@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backbones.calibration import Bias
-from backbones.ragged import Ragged
+from maskgym.backbones.calibration import Bias
+from maskgym.backbones.ragged import Ragged
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.blocks import LayerPlan
-from backbones.ragged import Ragged
+from maskgym.backbones.blocks import LayerPlan
+from maskgym.backbones.ragged import Ragged
 
 
 class CachedBlock:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from backbones.encoding import EncodingBank
-from backbones.errors import InputError, queries_named
+from maskgym.backbones.encoding import EncodingBank
+from maskgym.backbones.errors import InputError, queries_named
 
 MAX_FAILED = 0.05
 """Share of the drawn queries that may fail, where nothing else is said."""

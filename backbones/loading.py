@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from backbones.backbone import Backbone
-from backbones.errors import InputError, first_line
-from backbones.families import FAMILIES
-from backbones.foreign import check_files, check_sizes
-from backbones.lora import base_of, holds_adapters, merged
-from backbones.processing import load_processor
-from backbones.small_cache import converted
-from backbones.small_deltas import holds_deltas
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.errors import InputError, first_line
+from maskgym.backbones.families import FAMILIES
+from maskgym.backbones.foreign import check_files, check_sizes
+from maskgym.backbones.lora import base_of, holds_adapters, merged
+from maskgym.backbones.processing import load_processor
+from maskgym.backbones.small_cache import converted
+from maskgym.backbones.small_deltas import holds_deltas
 
 EMBEDDED = {name: Path(__file__).parent / f"{name}_weights" for name in ("tiny", "small")}
 """The backbones that are shipped with the project."""
@@ -34,8 +34,8 @@ def load_backbone(
     Args:
         name: ``"tiny"`` or ``"small"`` (embedded), a local folder, or a hub id such as
             ``"llava-hf/llava-1.5-7b-hf"``. A folder of LoRA adapters, as ``train_backbone.py`` saves them, is merged
-            into the model it was trained on, one of deltas (``backbones.small_deltas``) into SmolLM2. Nothing in it is
-            run or unpickled.
+            into the model it was trained on, one of deltas (``maskgym.backbones.small_deltas``) into SmolLM2. Nothing
+            in it is run or unpickled.
         dtype: of the weights.
         device: where to run.
         **options: of ``Backbone``: ``heads``, ``width``, ``protected_layers``, ``max_visual_tokens``, …

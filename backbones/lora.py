@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from backbones.errors import InputError
-from backbones.plain_files import MALFORMED, read_json
-from backbones.tensor_files import tensor_shapes
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.backbones.tensor_files import tensor_shapes
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

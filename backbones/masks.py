@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.errors import InputError, check_count
-from backbones.midway import Midway
-from backbones.stages import Stage, cat_stages
-from backbones.survivors import Survivors
+from maskgym.backbones.errors import InputError, check_count
+from maskgym.backbones.midway import Midway
+from maskgym.backbones.stages import Stage, cat_stages
+from maskgym.backbones.survivors import Survivors
 
 AXES = ("tokens", "heads", "layers")
 """The three dimensions of a plan, in the order of the flat action."""

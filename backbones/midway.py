@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from backbones.encoding import Encoding
-from backbones.errors import InputError
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
 
 if TYPE_CHECKING:
-    from backbones.masks import Masks
+    from maskgym.backbones.masks import Masks
 
 
 class Chooser(Protocol):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin
 
-from backbones.errors import InputError, printable, was_interrupted
+from maskgym.backbones.errors import InputError, printable, was_interrupted
 
 Parser = Callable[[str], Any]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backbones.calibration import Calibration
-from backbones.encoding import Encoding
-from backbones.masks import Masks
-from backbones.ragged import Ragged
+from maskgym.backbones.calibration import Calibration
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.ragged import Ragged
 
 
 @dataclass(frozen=True)

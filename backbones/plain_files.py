@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 MALFORMED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, SafetensorError)
 """What reading a file raises, and picking values out of it, where it is not what it should be."""

@@ -1,6 +1,6 @@
 """What plans cost beyond the decoder's layers: choosing tokens inside it, and laying out what is kept before it.
 
-Counted as ``backbones.cost`` counts. What a batch adds where only some of its rows need it is not in it.
+Counted as ``maskgym.backbones.cost`` counts. What a batch adds where only some of its rows need it is not in it.
 
 Shape legend: B rows, L layers, H head slots per layer, G key-value groups per layer.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backbones.cost import DecoderShape
-from backbones.masks import Masks
-from backbones.stages import Asking, Stage, token_counts
-from backbones.survivors import RESTORED, Survivors
+from maskgym.backbones.cost import DecoderShape
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.stages import Asking, Stage, token_counts
+from maskgym.backbones.survivors import RESTORED, Survivors
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The cost conventions of published papers, to compare our figures with theirs.
 
-They differ from ``backbones.cost`` and from each other; nothing is trained or budgeted with them.
+They differ from ``maskgym.backbones.cost`` and from each other; nothing is trained or budgeted with them.
 """
 
 from __future__ import annotations

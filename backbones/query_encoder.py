@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from backbones.encoding import LOOKED_UP, EncodedImage, Encoding, Query
-from backbones.errors import InputError, query_named
-from backbones.family import Family
-from backbones.masks import MaskLayout
-from backbones.saliency import SIGNALS, stack
+from maskgym.backbones.encoding import LOOKED_UP, EncodedImage, Encoding, Query
+from maskgym.backbones.errors import InputError, query_named
+from maskgym.backbones.family import Family
+from maskgym.backbones.masks import MaskLayout
+from maskgym.backbones.saliency import SIGNALS, stack
 
 
 class QueryEncoder:
@@ -115,7 +115,7 @@ class QueryEncoder:
         """Ask the vision tower, from now on, for what planners read of it.
 
         Args:
-            signals: of ``backbones.saliency.SIGNALS``.
+            signals: of ``maskgym.backbones.saliency.SIGNALS``.
 
         Raises:
             InputError: something that this family's tower does not have.

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import EncodedImage
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodedImage
 
 PREFIX, PADDING = -1, -2
 

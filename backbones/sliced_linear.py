@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 Ranges = Sequence[tuple[int, int]]
 

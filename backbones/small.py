@@ -18,8 +18,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from backbones.processing import llava_processor
-from backbones.smollm2 import find_file, load_language_model, load_tokenizer
+from maskgym.backbones.processing import llava_processor
+from maskgym.backbones.smollm2 import find_file, load_language_model, load_tokenizer
 
 IMAGE_TOKEN = "<image>"
 

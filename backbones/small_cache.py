@@ -9,11 +9,11 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from backbones import smollm2
-from backbones.atomic import cannot_write, whole_folder
-from backbones.errors import InputError, first_line
-from backbones.small import assemble, build_processor
-from backbones.small_deltas import apply_deltas, delta_files, digest
+from maskgym.backbones import smollm2
+from maskgym.backbones.atomic import cannot_write, whole_folder
+from maskgym.backbones.errors import InputError, first_line
+from maskgym.backbones.small import assemble, build_processor
+from maskgym.backbones.small_deltas import apply_deltas, delta_files, digest
 
 CONVERSION = 1
 """To be raised when the same parts make another model than before."""

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backbones.errors import InputError, first_line
-from backbones.plain_files import MALFORMED, check_inside, check_regular, read_json
+from maskgym.backbones.errors import InputError, first_line
+from maskgym.backbones.plain_files import MALFORMED, check_inside, check_regular, read_json
 
 SETTINGS, BASE = "deltas.json", "smollm2"
 """The file that makes a folder one of deltas, and the language model that its ``base`` must name."""

@@ -12,7 +12,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

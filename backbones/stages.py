@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from backbones.plan_cost import StagePrice
-    from backbones.token_scores import View
+    from maskgym.backbones.plan_cost import StagePrice
+    from maskgym.backbones.token_scores import View
 
 EVERYTHING = torch.iinfo(torch.int64).max
 """``keep`` of rows that a stage leaves alone."""

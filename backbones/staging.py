@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from backbones.frame import Frame
-from backbones.masks import Masks
-from backbones.packed import Packed
-from backbones.plan_cost import first_from, last_before
-from backbones.stages import Stage, best_tokens
-from backbones.token_scores import Heard, View
+from maskgym.backbones.frame import Frame
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.packed import Packed
+from maskgym.backbones.plan_cost import first_from, last_before
+from maskgym.backbones.stages import Stage, best_tokens
+from maskgym.backbones.token_scores import Heard, View
 
 Listener = Callable[[Frame, Tensor, Tensor, float], None]
 """Takes where a block's tokens stand, its queries and keys, and the scale of the logits."""

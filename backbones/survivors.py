@@ -1,4 +1,5 @@
-"""How the visual tokens that a plan keeps before the language model are laid out; ``backbones.arrange`` does it.
+"""How the visual tokens that a plan keeps before the language model are laid out; ``maskgym.backbones.arrange`` does
+it.
 
 Shape legend: B rows, N visual tokens, D hidden width of the decoder.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 POSITIONS = ("original", "renumbered", "restored")
 ORIGINAL, RENUMBERED, RESTORED = range(3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from backbones.plain_files import check_regular
+from maskgym.backbones.plain_files import check_regular
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

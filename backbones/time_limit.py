@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 Returned = TypeVar("Returned")
 

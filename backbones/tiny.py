@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from backbones.processing import llava_processor
+from maskgym.backbones.processing import llava_processor
 
 TINY_FOLDER = Path(__file__).parent / "tiny_weights"
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.errors import InputError
-from backbones.wording import words_and_pairs
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.wording import words_and_pairs
 
 
 def said_labels(said: Sequence[Sequence[tuple[str, str]]], least: float = 0.004, most: float = 0.6) -> Tensor:

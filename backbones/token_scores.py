@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backbones.attention import to_heads
-from backbones.errors import InputError
-from backbones.packed import Packed
-from backbones.ragged import Ragged
-from backbones.stages import Asking
+from maskgym.backbones.attention import to_heads
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.packed import Packed
+from maskgym.backbones.ragged import Ragged
+from maskgym.backbones.stages import Asking
 
 CHUNK = 128
 """Asking tokens at a time, so that no n x n matrix is ever there."""

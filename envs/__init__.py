@@ -1,10 +1,10 @@
 """Choosing masks as a reinforcement-learning environment."""
 
-from envs.core import MaskingCore
-from envs.masking_env import MaskingEnv, MaskingVectorEnv
-from envs.queries import DatasetQueries, load_queries
-from envs.rewards import REWARDS, RewardTerms, WeightedReward
-from envs.sb3_env import MaskingVecEnv
+from maskgym.envs.core import MaskingCore
+from maskgym.envs.masking_env import MaskingEnv, MaskingVectorEnv
+from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.envs.rewards import REWARDS, RewardTerms, WeightedReward
+from maskgym.envs.sb3_env import MaskingVecEnv
 
 __all__ = [
     "REWARDS",

@@ -10,7 +10,7 @@ class Accepted(tuple[str, ...]):
     """The accepted answers of a query of a benchmark.
 
     Attributes:
-        rule: name of the scoring rule, in ``envs.benchmarks.rules.RULES``.
+        rule: name of the scoring rule, in ``maskgym.envs.benchmarks.rules.RULES``.
         choices: texts of the options, where the query offers some.
     """
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from backbones.encoding import QuerySource
+from maskgym.backbones.encoding import QuerySource
 
 MOST = 32
 """Tokens at which an answer is cut at the latest, where nothing else is asked for."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 
 def cached(

@@ -9,9 +9,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from backbones.errors import InputError
-from envs.cells import Unreadable, lists, shown, texts
-from envs.pictures import IMAGES, Pictures
+from maskgym.backbones.errors import InputError
+from maskgym.envs.cells import Unreadable, lists, shown, texts
+from maskgym.envs.pictures import IMAGES, Pictures
 
 COLUMNS = ("image", "question", "answers")
 OPTIONAL = ("beside", "scoring", "choices", "group")

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from backbones.encoding import EncodingBank
-from backbones.errors import InputError
+from maskgym.backbones.encoding import EncodingBank
+from maskgym.backbones.errors import InputError
 
 RENDER_MODES = ("rgb_array",)
 SIDE = 256

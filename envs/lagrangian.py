@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from envs.rewards import RewardTerms
+    from maskgym.envs.rewards import RewardTerms
 
 
 class Lagrangian:

@@ -17,10 +17,10 @@ import pandas as pd
 from datasets.data_files import DEFAULT_PATTERNS_ALL, SPLIT_KEYWORDS, _get_data_files_patterns, resolve_pattern
 from huggingface_hub import HfApi
 
-from backbones.errors import InputError, printable
-from backbones.images import is_no_path
-from envs.columns import replaced
-from envs.pictures import IMAGES
+from maskgym.backbones.errors import InputError, printable
+from maskgym.backbones.images import is_no_path
+from maskgym.envs.columns import replaced
+from maskgym.envs.pictures import IMAGES
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
 FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")

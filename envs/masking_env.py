@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.core import MaskingCore, Outcome, Slots
-from envs.frames import RENDER_MODES, checked_mode
-from envs.resets import per_slot
+from maskgym.envs.core import MaskingCore, Outcome, Slots
+from maskgym.envs.frames import RENDER_MODES, checked_mode
+from maskgym.envs.resets import per_slot
 
 
 class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
@@ -25,7 +25,8 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
     **Observation.** A dict of ``budget`` (1,) in (0, 1] and the query: ``query`` (1,), its number in the bank, or with
     ``observation="features"`` ``visual`` (N, D), ``text`` (T, D) padded with zeros, and ``text_tokens`` (1,).
 
-    **Reward.** By default accuracy minus 0.02 x the share of the full plan's LLM FLOPs spent; see ``envs.rewards``.
+    **Reward.** By default accuracy minus 0.02 x the share of the full plan's LLM FLOPs spent; see
+    ``maskgym.envs.rewards``.
 
     **Episode.** One step, which terminates; the next needs a ``reset``. ``info`` holds the raw terms: accuracy,
     log-likelihood, FLOPs by part, budget, kept tokens, heads and layers.
@@ -33,7 +34,7 @@ class MaskingEnv(gymnasium.Env[Any, np.ndarray]):
     **Pictures.** With ``render_mode="rgb_array"``, ``render`` gives the image as (256, 256, 3) uint8; after the step,
     with the patches of dropped visual tokens dark.
 
-    **Arguments.** Those of ``envs.core.MaskingCore``; plain data all of them, so specs serialise.
+    **Arguments.** Those of ``maskgym.envs.core.MaskingCore``; plain data all of them, so specs serialise.
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 1}  # noqa: RUF012

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from backbones.errors import InputError
-from backbones.images import NO_PATH, check_path, image_of, read_image, shown_path
-from envs.cells import is_text
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.images import NO_PATH, check_path, image_of, read_image, shown_path
+from maskgym.envs.cells import is_text
 
 IMAGES = ("image", "beside")
 """The columns that hold images."""

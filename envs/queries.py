@@ -13,20 +13,20 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from backbones.encoding import Query, no_image
-from backbones.errors import InputError
-from backbones.naming import parse_options
-from envs.accepted import Accepted
-from envs.answer_length import AcceptedLengths
-from envs.benchmarks.metrics import Answered, Metrics
-from envs.benchmarks.rules import RULES
-from envs.benchmarks.source import SOURCES
-from envs.columns import COLUMNS, TEXTS, alike, checked, read, stored
-from envs.local_data import is_hub_id, load_from_hub, load_path, no_rows
-from envs.pictures import IMAGES, Picture, Pictures
-from envs.scenes import scenes
-from envs.scenes_long import scenes_long
-from envs.side_by_side import side_by_side
+from maskgym.backbones.encoding import Query, no_image
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.naming import parse_options
+from maskgym.envs.accepted import Accepted
+from maskgym.envs.answer_length import AcceptedLengths
+from maskgym.envs.benchmarks.metrics import Answered, Metrics
+from maskgym.envs.benchmarks.rules import RULES
+from maskgym.envs.benchmarks.source import SOURCES
+from maskgym.envs.columns import COLUMNS, TEXTS, alike, checked, read, stored
+from maskgym.envs.local_data import is_hub_id, load_from_hub, load_path, no_rows
+from maskgym.envs.pictures import IMAGES, Picture, Pictures
+from maskgym.envs.scenes import scenes
+from maskgym.envs.scenes_long import scenes_long
+from maskgym.envs.side_by_side import side_by_side
 
 SPLITS = ("train", "validation", "test")
 
@@ -39,8 +39,8 @@ class DatasetQueries:
         dataset: with the columns ``image`` (a ``datasets.Image``, paths, bytes or arrays), ``question``, ``answers``
             (lists of texts, or one text a row, also called ``answer``), and optionally ``id``, ``type`` (kind of
             question), ``beside`` (an image to show to the right of ``image``), ``scoring`` (a rule of
-            ``envs.benchmarks.rules``), ``choices`` (texts of the options) and ``group`` (equal for queries that a rule
-            counts together). ``envs.cells`` says how other types than texts are read.
+            ``maskgym.envs.benchmarks.rules``), ``choices`` (texts of the options) and ``group`` (equal for queries that
+            a rule counts together). ``maskgym.envs.cells`` says how other types than texts are read.
         name: how the data set is called in records.
         split: the split's name in records.
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from backbones.backbone import Backbone
-from backbones.errors import InputError
-from envs.core import MaskingCore
-from envs.rewards import RewardTerms
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.errors import InputError
+from maskgym.envs.core import MaskingCore
+from maskgym.envs.rewards import RewardTerms
 
 
 class Replica:

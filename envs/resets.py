@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium
 
-from backbones.errors import InputError, as_python
+from maskgym.backbones.errors import InputError, as_python
 
 NAMES = ("query", "budget")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from backbones.errors import InputError, printable, queries_named, was_interrupted
-from backbones.naming import import_dotted
-from backbones.time_limit import TimeLimitError, check_seconds, within
-from envs.lagrangian import Lagrangian
+from maskgym.backbones.errors import InputError, printable, queries_named, was_interrupted
+from maskgym.backbones.naming import import_dotted
+from maskgym.backbones.time_limit import TimeLimitError, check_seconds, within
+from maskgym.envs.lagrangian import Lagrangian
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def overspend(terms: RewardTerms) -> np.ndarray:
 def latency(terms: RewardTerms) -> np.ndarray:
     """Predicted share of the full plan's prefill time: a cost, so give it a negative weight. Needs a latency model."""
     if terms.latency is None:
-        raise ValueError("there is no latency model; calibrate one with `python -m eval latency --out FILE`")
+        raise ValueError("there is no latency model; calibrate one with `python -m maskgym.eval latency --out FILE`")
     return terms.latency
 
 
@@ -128,7 +128,7 @@ class WeightedReward:
 
     Args:
         parts: ``NAME``, ``package.module:function``, or either behind ``WEIGHT*``; one, or several to be summed.
-        seconds: that each may take for a batch; 0: any time. See ``backbones.time_limit`` for what is stopped.
+        seconds: that each may take for a batch; 0: any time. See ``maskgym.backbones.time_limit`` for what is stopped.
 
     Raises:
         InputError: an unknown name, a path that cannot be imported, a weight that is no number, or no time limit.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise, permutations
 from operator import attrgetter, itemgetter
 
-from envs.scene_questions import (
+from maskgym.envs.scene_questions import (
     COLORS,
     SHAPES,
     Asker,

@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from backbones.errors import InputError
-from envs.cached import cached
-from envs.scene_questions import ASKERS, COLORS, SHAPES, Asker, Object, Question
+from maskgym.backbones.errors import InputError
+from maskgym.envs.cached import cached
+from maskgym.envs.scene_questions import ASKERS, COLORS, SHAPES, Asker, Object, Question
 
 VERSION = 1
 """Raised when the same seed gives other bytes than before, so that no cache mixes the two."""

@@ -14,10 +14,10 @@ import datasets
 import numpy as np
 from PIL import Image
 
-import envs.scenes as scenes
-from envs.cached import cached
-from envs.scene_questions import ASKERS, Asker, Object, Question, count, two_hop
-from envs.scene_sentences import CLEAR, SENTENCE_ASKERS
+import maskgym.envs.scenes as scenes
+from maskgym.envs.cached import cached
+from maskgym.envs.scene_questions import ASKERS, Asker, Object, Question, count, two_hop
+from maskgym.envs.scene_sentences import CLEAR, SENTENCE_ASKERS
 
 VERSION = 1
 """Raised when the same seed gives other bytes than before, so that no cache mixes the two."""

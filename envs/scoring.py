@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from backbones.errors import InputError
-from envs.accepted import Accepted
-from envs.benchmarks.rules import RULES
+from maskgym.backbones.errors import InputError
+from maskgym.envs.accepted import Accepted
+from maskgym.envs.benchmarks.rules import RULES
 
 
 def normalise(answer: str) -> str:

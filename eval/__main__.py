@@ -1,4 +1,4 @@
-"""``python -m eval``: evaluate policies, time them, measure speed."""
+"""``python -m maskgym.eval``: evaluate policies, time them, measure speed."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from backbones import EncodingBank
-from envs import load_queries
-from envs.answer_length import say_cuts
-from eval import cli, elasticity, gradients, report
-from eval.answering import Answering
-from eval.audit import Audit
-from eval.bench import bench, bench_table
-from eval.demo.command import Demo
-from eval.evaluate import Record, check_budgets, outcomes_met
-from eval.experiment.command import Experiment
-from eval.failures import working
-from eval.gpu import Gpu
-from eval.latency import calibrate, device_name, measure
-from eval.policies import backbone_of, load_planner, load_planners, with_layout
-from eval.question_only import QuestionOnly, question_only_accuracy
-from eval.scale_out import ScaleOut
-from eval.search_static import SearchStatic
-from eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
-from eval.tune import Tune
-from policies.keep import check_share
+from maskgym.backbones import EncodingBank
+from maskgym.envs import load_queries
+from maskgym.envs.answer_length import say_cuts
+from maskgym.eval import cli, elasticity, gradients, report
+from maskgym.eval.answering import Answering
+from maskgym.eval.audit import Audit
+from maskgym.eval.bench import bench, bench_table
+from maskgym.eval.demo.command import Demo
+from maskgym.eval.evaluate import Record, check_budgets, outcomes_met
+from maskgym.eval.experiment.command import Experiment
+from maskgym.eval.failures import working
+from maskgym.eval.gpu import Gpu
+from maskgym.eval.latency import calibrate, device_name, measure
+from maskgym.eval.policies import backbone_of, load_planner, load_planners, with_layout
+from maskgym.eval.question_only import QuestionOnly, question_only_accuracy
+from maskgym.eval.scale_out import ScaleOut
+from maskgym.eval.search_static import SearchStatic
+from maskgym.eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
+from maskgym.eval.tune import Tune
+from maskgym.policies.keep import check_share
 
 
 @dataclass
 class Run(cli.Placement, Answering):
     """Evaluate policies over queries and budgets; prints a table.
 
-    Example: python -m eval run runs/rl full random --data easy-vqa --budgets 0.25 0.5
+    Example: python -m maskgym.eval run runs/rl full random --data easy-vqa --budgets 0.25 0.5
 
     A query that fails (an unreadable image, say) is reported on standard error, counted, and left out for all policies.
     """
@@ -78,7 +78,7 @@ class Run(cli.Placement, Answering):
     """Budgets in milliseconds of the language model's prefill, in place of --budgets: each query gets the largest share
     whose plan is predicted to be fast enough. Needs --latency-model."""
     latency_model: Path | None = None
-    """What predicts the prefill: a file that python -m eval latency --out wrote on this device."""
+    """What predicts the prefill: a file that python -m maskgym.eval latency --out wrote on this device."""
     json: Path | None = None
     """Also write the records there."""
     plot: Path | None = None
@@ -113,7 +113,7 @@ class Run(cli.Placement, Answering):
 
     def _check(self) -> None:
         if not self.policies:
-            raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m eval run full")
+            raise cli.InputError("no policy given; name run folders or baselines, e.g. python -m maskgym.eval run full")
         check_budgets(self.budgets)
         for share in self.keep:
             check_share(share)
@@ -139,7 +139,7 @@ class Latency(cli.Placement):
     first answer token; TTFT, the time to first token, is their sum, TPOT the time of each further token. Figures are
     medians / 95th percentiles in milliseconds a batch.
 
-    Example: python -m eval latency runs/rl full --budgets 0.25 0.5 --out latency.json
+    Example: python -m maskgym.eval latency runs/rl full --budgets 0.25 0.5 --out latency.json
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]] = ("full", "random")
@@ -198,7 +198,7 @@ class Elasticity(cli.Placement, Answering):
     random plans that drop tokens, heads, layers or all three; and, at half the FLOPs, the mean of random plans, the
     best of them for all queries, and an oracle that knows the best for each.
 
-    Example: python -m eval elasticity --data scenes --limit 2000
+    Example: python -m maskgym.eval elasticity --data scenes --limit 2000
     """
 
     backbone: str = "tiny"
@@ -245,7 +245,7 @@ class Gradients:
 
     A random model of 4 visual tokens and 2 layers of 2 heads; norms are over that of the exact gradient.
 
-    Example: python -m eval gradients --temperatures 0.1 0.5 1 2 5
+    Example: python -m maskgym.eval gradients --temperatures 0.1 0.5 1 2 5
     """
 
     samples: int = 4096
@@ -313,8 +313,13 @@ Command = (
 
 
 def main() -> None:
-    cli.read_options(Command, prog="python -m eval", description=__doc__).run()
+    cli.read_options(Command, prog="python -m maskgym.eval", description=__doc__).run()
+
+
+def run_command() -> None:
+    """What the shell starts."""
+    cli.run(main, "the same command begins anew; an experiment goes on where it was")
 
 
 if __name__ == "__main__":
-    cli.run(main, "the same command begins anew; an experiment goes on where it was")
+    run_command()

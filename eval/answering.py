@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 
 @dataclasses.dataclass(kw_only=True)

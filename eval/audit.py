@@ -1,4 +1,4 @@
-"""``python -m eval audit``: does a policy's choice depend on image and question, and does that pay?
+"""``python -m maskgym.eval audit``: does a policy's choice depend on image and question, and does that pay?
 
 Shape legend: B queries, N visual tokens, A flat action length, Q queries of a split.
 """
@@ -14,22 +14,22 @@ import torch
 import tyro
 from torch import Tensor
 
-from backbones import Backbone, EncodingBank
-from backbones.encoding import Encoding, Query
-from backbones.errors import InputError
-from backbones.masks import Masks
-from envs import load_queries
-from envs.answer_length import say_cuts
-from envs.queries import DatasetQueries
-from eval import cli, report
-from eval.answering import Answering
-from eval.elasticity import room_for_choice
-from eval.evaluate import Record, check_budgets, evaluate, outcomes
-from eval.failures import working
-from eval.policies import backbone_of, load_planner
-from eval.report import markdown
-from policies.baselines import Planner, notes_of, signals_of
-from policies.projection import project
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.backbones.encoding import Encoding, Query
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.envs import load_queries
+from maskgym.envs.answer_length import say_cuts
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval import cli, report
+from maskgym.eval.answering import Answering
+from maskgym.eval.elasticity import room_for_choice
+from maskgym.eval.evaluate import Record, check_budgets, evaluate, outcomes
+from maskgym.eval.failures import working
+from maskgym.eval.policies import backbone_of, load_planner
+from maskgym.eval.report import markdown
+from maskgym.policies.baselines import Planner, notes_of, signals_of
+from maskgym.policies.projection import project
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Audit(cli.Placement, Answering):
     all queries; each control answers the true queries. Where the data say which patches matter (scenes), the kept
     tokens are held against them. An oracle over random plans says what could be had.
 
-    Example: python -m eval audit runs/rl --data scenes --budgets 0.25 0.5 --static static:plan=runs/static.json
+    Example: python -m maskgym.eval audit runs/rl --data scenes --budgets 0.25 0.5 --static static:plan=runs/static.json
     """
 
     policy: tyro.conf.Positional[str]
@@ -54,7 +54,8 @@ class Audit(cli.Placement, Answering):
     limit: int | None = None
     """Use so many queries, spread over the split."""
     static: str | None = None
-    """Also the best plan that is the same for all, as python -m eval search-static found it: static:plan=FILE."""
+    """Also the best plan that is the same for all, as python -m maskgym.eval search-static found it:
+    static:plan=FILE."""
     plans: int = 64
     """Random plans of the oracle, on at most 1,000 queries; 0: no oracle."""
     backbone: str | None = None

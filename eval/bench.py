@@ -1,4 +1,4 @@
-"""Every speed claim, as a ratio within one run; ``python -m eval bench`` prints them beside their goals."""
+"""Every speed claim, as a ratio within one run; ``python -m maskgym.eval bench`` prints them beside their goals."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from backbones import Backbone, EncodingBank
-from envs import MaskingCore, MaskingVecEnv, load_queries
-from eval.bench_data import bench_data
-from eval.bench_engine import bench_engine
-from eval.latency import interleaved
-from policies.baselines import random_plans
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.envs import MaskingCore, MaskingVecEnv, load_queries
+from maskgym.eval.bench_data import bench_data
+from maskgym.eval.bench_engine import bench_engine
+from maskgym.eval.latency import interleaved
+from maskgym.policies.baselines import random_plans
 
 Entry = dict[str, Any]
 

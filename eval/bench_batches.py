@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import Masks
-from eval.bench_engine import hugging_face, prefill
-from eval.bench_shapes import encode_noise
-from eval.latency import interleaved
-from eval.launches import count_launches
-from policies.baselines import random_plans
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
+from maskgym.eval.bench_engine import hugging_face, prefill
+from maskgym.eval.bench_shapes import encode_noise
+from maskgym.eval.latency import interleaved
+from maskgym.eval.launches import count_launches
+from maskgym.policies.baselines import random_plans
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import ControllerPlanner
 
 REPEATS = 30
 """Rounds at most; time ends them before."""
@@ -32,8 +32,8 @@ def batch_times(backbone: Backbone, rows: int, seconds: float) -> dict[str, Any]
         seconds: to spend on repeats.
 
     Returns:
-        Medians in milliseconds; the random plans' share of the LLM FLOPs, and the figures as ``eval.bench_plans`` names
-        them.
+        Medians in milliseconds; the random plans' share of the LLM FLOPs, and the figures as
+        ``maskgym.eval.bench_plans`` names them.
     """
     encoding = encode_noise(backbone, rows)
     masks = _mixed(backbone, encoding)
@@ -84,7 +84,7 @@ def controller_times(backbone: Backbone, rows: int, seconds: float) -> dict[str,
 
 def launches(backbone: Backbone, batches: Sequence[int]) -> list[dict[str, Any]]:
     """What the prefills of full and of random plans, and the controller, launch for batches of so many rows
-    (``eval.launches``)."""
+    (``maskgym.eval.launches``)."""
     found = []
     for rows in batches:
         encoding = encode_noise(backbone, rows)

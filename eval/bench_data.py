@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from envs import load_queries
+from maskgym.envs import load_queries
 
 QUERIES = 200_000
 IMAGES = 100

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import Masks
-from eval.bench_first_token import first_token_figures
-from eval.bench_shapes import SHAPES, encode_noise
-from eval.latency import device_name, interleaved
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
+from maskgym.eval.bench_first_token import first_token_figures
+from maskgym.eval.bench_shapes import SHAPES, encode_noise
+from maskgym.eval.latency import device_name, interleaved
 
 Figure = tuple[str, float, str]
 

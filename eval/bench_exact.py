@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Query
-from backbones.soft_decoder import Gates, soft_answer_logits
-from eval.bench_shapes import QUESTION
-from policies.baselines import random_plans
-from policies.projection import least_share
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.soft_decoder import Gates, soft_answer_logits
+from maskgym.eval.bench_shapes import QUESTION
+from maskgym.policies.baselines import random_plans
+from maskgym.policies.projection import least_share
 
 
 @torch.no_grad()

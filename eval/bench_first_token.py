@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding, Query
-from backbones.masks import Masks
-from eval.bench_shapes import QUESTION
-from eval.latency import measure
-from policies.baselines import FullPlanner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding, Query
+from maskgym.backbones.masks import Masks
+from maskgym.eval.bench_shapes import QUESTION
+from maskgym.eval.latency import measure
+from maskgym.policies.baselines import FullPlanner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import ControllerPlanner
 
 
 class _KeepingFirst:

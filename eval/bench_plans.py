@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import Masks
-from eval.bench_engine import decoding, hugging_face, plan_at, prefill
-from eval.bench_shapes import encode_noise
-from eval.latency import interleaved
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
+from maskgym.eval.bench_engine import decoding, hugging_face, plan_at, prefill
+from maskgym.eval.bench_shapes import encode_noise
+from maskgym.eval.latency import interleaved
 
 Call = Callable[[], object]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from backbones.backbone import Backbone
-from backbones.encoding import EncodedImage, Encoding
-from backbones.families.llava import LlavaFamily
-from backbones.tiny import build_tiny
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodedImage, Encoding
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.tiny import build_tiny
 
 QUESTION = " ".join(["what", "color", "is", "the", "shape", "?"] * 6 + ["is", "there"])
 

@@ -15,16 +15,16 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from backbones.backbone import Backbone
-from backbones.encoding import EncodingBank, Query
-from envs import MaskingCore, MaskingVecEnv
-from eval.bench_shapes import QUESTION
-from eval.latency import peak_bytes, synchronise, timed
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.decisions import Decider
-from policies.group_buffer import GroupRolloutBuffer
-from policies.relaxed_training import RelaxationSettings, RelaxedBatch, RelaxedLearner
-from policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodingBank, Query
+from maskgym.envs import MaskingCore, MaskingVecEnv
+from maskgym.eval.bench_shapes import QUESTION
+from maskgym.eval.latency import peak_bytes, synchronise, timed
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.decisions import Decider
+from maskgym.policies.group_buffer import GroupRolloutBuffer
+from maskgym.policies.relaxed_training import RelaxationSettings, RelaxedBatch, RelaxedLearner
+from maskgym.policies.sb3_policy import FittedVecEnv, TwoLevelPolicy
 
 BUDGETS = (0.2, 1.0)
 

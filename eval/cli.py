@@ -20,13 +20,13 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from backbones import Backbone, atomic
-from backbones.errors import InputError as InputError
-from backbones.errors import printable
-from backbones.plain_files import read_config
-from eval.runs import RunFolder, check_place
-from eval.saved import load_with_options
-from eval.stopping import Stopped, StopSignals
+from maskgym.backbones import Backbone, atomic
+from maskgym.backbones.errors import InputError as InputError
+from maskgym.backbones.errors import printable
+from maskgym.backbones.plain_files import read_config
+from maskgym.eval.runs import RunFolder, check_place
+from maskgym.eval.saved import load_with_options
+from maskgym.eval.stopping import Stopped, StopSignals
 
 ConfigT = TypeVar("ConfigT")
 

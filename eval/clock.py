@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eval.latency import peak_bytes
+from maskgym.eval.latency import peak_bytes
 
 
 class TrainingClock:

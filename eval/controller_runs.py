@@ -8,33 +8,33 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from backbones import Backbone, EncodingBank
-from backbones.encoding import QuerySource
-from backbones.errors import InputError
-from backbones.left_out import MAX_FAILED, check_max_failed
-from backbones.masks import AXES, check_axes
-from backbones.survivors import Survivors
-from envs import DatasetQueries, load_queries
-from envs.answer_length import say_cuts
-from eval import report
-from eval.answering import Answering
-from eval.cli import Placement
-from eval.clock import TrainingClock, throughput
-from eval.evaluate import Record, check_budgets, outcomes_met
-from eval.runs import RunFolder
-from eval.settling import Settling
-from eval.timing import first_queries
-from eval.tracking import Tracker
-from policies.baselines import FullPlanner, Planner, RandomPlanner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.even import EvenPlanner
-from policies.layout import LaidOutPlanner
-from policies.learned import Controller, load_controller, planner_of, save_controller
-from policies.projection import least_share
-from policies.static.searched import SearchedOrder
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.backbones.encoding import QuerySource
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.left_out import MAX_FAILED, check_max_failed
+from maskgym.backbones.masks import AXES, check_axes
+from maskgym.backbones.survivors import Survivors
+from maskgym.envs import DatasetQueries, load_queries
+from maskgym.envs.answer_length import say_cuts
+from maskgym.eval import report
+from maskgym.eval.answering import Answering
+from maskgym.eval.cli import Placement
+from maskgym.eval.clock import TrainingClock, throughput
+from maskgym.eval.evaluate import Record, check_budgets, outcomes_met
+from maskgym.eval.runs import RunFolder
+from maskgym.eval.settling import Settling
+from maskgym.eval.timing import first_queries
+from maskgym.eval.tracking import Tracker
+from maskgym.policies.baselines import FullPlanner, Planner, RandomPlanner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.even import EvenPlanner
+from maskgym.policies.layout import LaidOutPlanner
+from maskgym.policies.learned import Controller, load_controller, planner_of, save_controller
+from maskgym.policies.projection import least_share
+from maskgym.policies.static.searched import SearchedOrder
 
 if TYPE_CHECKING:
-    from policies.joint_tuning import JointTuning
+    from maskgym.policies.joint_tuning import JointTuning
 
 
 @dataclasses.dataclass
@@ -78,8 +78,8 @@ class ControllerRunConfig(Placement, Answering):
     tune_rate: float = 1e-4
     """Learning rate of the backbone's weights, falling linearly to zero."""
     initial_plan: Path | None = None
-    """Begin with the plan that python -m eval search-static --out wrote to this file; by default with an even grid of
-    tokens, of which heads leave late and layers last."""
+    """Begin with the plan that python -m maskgym.eval search-static --out wrote to this file; by default with an even
+    grid of tokens, of which heads leave late and layers last."""
     initial_spread: float = 8.0
     """How firmly an untrained controller keeps to its first plan: the first unit to leave has the logit 0, the last
     twice this. Small: much is tried; large: little but what is near the plan."""
@@ -155,7 +155,7 @@ class ControllerRunConfig(Placement, Answering):
         """What lets the backbone learn, if it shall."""
         if self.tune_backbone == "off":
             return None
-        from policies.joint_tuning import JointTuning  # PEFT takes seconds to import, and few need it
+        from maskgym.policies.joint_tuning import JointTuning  # PEFT takes seconds to import, and few need it
 
         return JointTuning(backbone, self.tune_backbone, self.tune_rate)
 

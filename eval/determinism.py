@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

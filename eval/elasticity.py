@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding, EncodingBank
-from backbones.errors import InputError
-from backbones.masks import AXES, Masks
-from envs.answer_length import answer_cut
-from envs.queries import DatasetQueries
-from envs.scoring import score
-from eval.evaluate import evaluate
-from eval.report import markdown
-from policies.baselines import FullPlanner, RandomPlanner, random_waits
-from policies.projection import project
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding, EncodingBank
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import AXES, Masks
+from maskgym.envs.answer_length import answer_cut
+from maskgym.envs.queries import DatasetQueries
+from maskgym.envs.scoring import score
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.report import markdown
+from maskgym.policies.baselines import FullPlanner, RandomPlanner, random_waits
+from maskgym.policies.projection import project
 
 Record = dict[str, Any]
 BATCH = 250

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding, EncodingBank
-from backbones.errors import InputError, as_python
-from backbones.masks import Masks
-from envs.answer_length import answer_cut
-from envs.queries import DatasetQueries
-from envs.scoring import score, token_f1
-from eval.failures import report_failed
-from policies.baselines import Planner, notes_of
-from policies.milliseconds import MillisecondPlanner
-from policies.projection import budget_flops
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding, EncodingBank
+from maskgym.backbones.errors import InputError, as_python
+from maskgym.backbones.masks import Masks
+from maskgym.envs.answer_length import answer_cut
+from maskgym.envs.queries import DatasetQueries
+from maskgym.envs.scoring import score, token_f1
+from maskgym.eval.failures import report_failed
+from maskgym.policies.baselines import Planner, notes_of
+from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.projection import budget_flops
 
 Record = dict[str, Any]
 Columns = dict[str, np.ndarray]
@@ -100,7 +100,7 @@ def outcomes(
     A benchmark's official scores are in the record's ``parts``, by part of the data set and metric. Where answers may
     have several tokens, the record says where they were cut, how many they had (``answer_tokens``), and the share of
     the full plan's LLM FLOPs, which are priced at the expected length, that plans spent with them
-    (``spent_llm_flops_ratio``); and, unless a rule scores them, their mean ``f1`` (``envs.scoring.token_f1``).
+    (``spent_llm_flops_ratio``); and, unless a rule scores them, their mean ``f1`` (``maskgym.envs.scoring.token_f1``).
 
     Args:
         planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
@@ -110,7 +110,7 @@ def outcomes(
         budgets: shares in (0, 1]; a planner without budgets is evaluated once, at 1.
         seed: named in the records.
         batch_size: queries a call.
-        max_new_tokens: answers are cut there; by default as ``envs.answer_length.cut_of`` has it.
+        max_new_tokens: answers are cut there; by default as ``maskgym.envs.answer_length.cut_of`` has it.
         progress: whether to show a progress bar.
         strict: whether a query that fails is an error.
 

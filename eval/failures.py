@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from backbones.encoding import Encoder, EncodingBank
-from backbones.errors import InputError
-from backbones.left_out import failure_line
-from envs.queries import DatasetQueries
+from maskgym.backbones.encoding import Encoder, EncodingBank
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.left_out import failure_line
+from maskgym.envs.queries import DatasetQueries
 
 MOST_LINES = 10
 

@@ -1,4 +1,4 @@
-"""``python -m eval gpu``: what this project claims, measured on one GPU within a given time, step by step."""
+"""``python -m maskgym.eval gpu``: what this project claims, measured on one GPU within a given time, step by step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from backbones import Backbone, atomic, load_backbone
-from backbones.errors import InputError
-from backbones.time_limit import within
-from eval.bench_batches import batch_times, controller_times, launches
-from eval.bench_exact import exactness, in_both_types
-from eval.bench_plans import prefill_times, token_times
-from eval.bench_shapes import llava_7b
-from eval.bench_training import gumbel_speed, ppo_speed
-from eval.latency import device_name, peak_bytes
-from eval.report import markdown
+from maskgym.backbones import Backbone, atomic, load_backbone
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.time_limit import within
+from maskgym.eval.bench_batches import batch_times, controller_times, launches
+from maskgym.eval.bench_exact import exactness, in_both_types
+from maskgym.eval.bench_plans import prefill_times, token_times
+from maskgym.eval.bench_shapes import llava_7b
+from maskgym.eval.bench_training import gumbel_speed, ppo_speed
+from maskgym.eval.latency import device_name, peak_bytes
+from maskgym.eval.report import markdown
 
 Result = dict[str, Any]
 
@@ -134,7 +134,7 @@ class Gpu:
     step writes its figures, or why it has none, to a file of its own as soon as it is done; with the same --out, steps
     that have figures are not repeated. Prints all figures, and writes them to table.md there.
 
-    Example: python -m eval gpu --out results/gpu --seconds 150
+    Example: python -m maskgym.eval gpu --out results/gpu --seconds 150
     """
 
     out: Path = Path("results/gpu")

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding, Query
-from backbones.families.llava import LlavaFamily
-from backbones.soft_decoder import Gates, soft_answer_logits
-from backbones.tiny import build_tiny
-from eval.report import markdown
-from policies.controller import ControllerConfig
-from policies.decisions import Decider
-from policies.relaxation import gumbel_straight_through
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding, Query
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.soft_decoder import Gates, soft_answer_logits
+from maskgym.backbones.tiny import build_tiny
+from maskgym.eval.report import markdown
+from maskgym.policies.controller import ControllerConfig
+from maskgym.policies.decisions import Decider
+from maskgym.policies.relaxation import gumbel_straight_through
 
 
 def smallest_case() -> tuple[Backbone, Query]:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.encoding import Query
-from backbones.latency_model import LatencyModel, plan_features
-from policies.baselines import Planner, random_plans, signals_of
-from policies.projection import least_share
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.latency_model import LatencyModel, plan_features
+from maskgym.policies.baselines import Planner, random_plans, signals_of
+from maskgym.policies.projection import least_share
 
 PARTS = ("encode", "controller", "prefill", "ttft", "tpot")
 

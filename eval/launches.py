@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-from eval.latency import synchronise
+from maskgym.eval.latency import synchronise
 
 
 def count_launches(call: Callable[[], object], device: torch.device) -> dict[str, int]:

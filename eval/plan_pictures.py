@@ -13,8 +13,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
-from backbones.images import upright_rgb
-from envs.frames import darkened
+from maskgym.backbones.images import upright_rgb
+from maskgym.envs.frames import darkened
 
 DROPPED, KEPT = "#dddddd", "#1f77b4"
 

@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backbones.backbone import Backbone
-from backbones.errors import InputError
-from backbones.latency_model import LatencyModel
-from backbones.naming import import_dotted, parse_options
-from eval.runs import RunFolder
-from eval.saved import described_backbone, followed, is_saved, load_saved_controller
-from policies.baselines import BASELINES, Planner
-from policies.chain import THEN, ChainPlanner
-from policies.keep import KeepPlanner
-from policies.layout import MERGE, POSITIONS, LaidOutPlanner
-from policies.learned import load_controller, planner_of
-from policies.milliseconds import MillisecondPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.naming import import_dotted, parse_options
+from maskgym.eval.runs import RunFolder
+from maskgym.eval.saved import described_backbone, followed, is_saved, load_saved_controller
+from maskgym.policies.baselines import BASELINES, Planner
+from maskgym.policies.chain import THEN, ChainPlanner
+from maskgym.policies.keep import KeepPlanner
+from maskgym.policies.layout import MERGE, POSITIONS, LaidOutPlanner
+from maskgym.policies.learned import load_controller, planner_of
+from maskgym.policies.milliseconds import MillisecondPlanner
 
 GIVEN = ("backbone", "seed")
 """What every planner is made with, and is no option."""
@@ -138,7 +138,9 @@ def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
         raise InputError(f"policy {base!r} could not be made ({type(error).__name__}: {error}); mend it") from error
     lacks = [part for part in ("name", "budgeted", "plan", "controller_flops") if not hasattr(planner, part)]
     if lacks:
-        raise InputError(f"policy {base!r} is a {type(planner).__name__} without {lacks[0]!r}; see policies.Planner")
+        raise InputError(
+            f"policy {base!r} is a {type(planner).__name__} without {lacks[0]!r}; see maskgym.policies.Planner"
+        )
     return planner
 
 

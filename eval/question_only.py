@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from backbones.wording import words_and_pairs
-from envs.queries import DatasetQueries, load_queries
-from envs.scoring import reference, score
-from eval import cli, elasticity
+from maskgym.backbones.wording import words_and_pairs
+from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.envs.scoring import reference, score
+from maskgym.eval import cli, elasticity
 
 
 @dataclass
@@ -25,7 +25,7 @@ class QuestionOnly:
     """How often answers can be guessed from the question: the accuracy, by kind of question, of a classifier that is
     trained on the data's training split and never sees an image.
 
-    Example: python -m eval question-only --data scenes-long
+    Example: python -m maskgym.eval question-only --data scenes-long
     """
 
     data: str = "scenes"

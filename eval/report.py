@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from backbones.atomic import write_atomically
-from backbones.errors import printable
+from maskgym.backbones.atomic import write_atomically
+from maskgym.backbones.errors import printable
 
 Record = dict[str, Any]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
-from backbones.atomic import cannot_write, temporary, write_atomically, write_json, write_text
-from backbones.errors import InputError
-from backbones.plain_files import check_inside, check_regular, is_number, parse_json, read_config
+from maskgym.backbones.atomic import cannot_write, temporary, write_atomically, write_json, write_text
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.plain_files import check_inside, check_regular, is_number, parse_json, read_config
 
 PACKAGES = ("maskgym", "torch", "transformers", "gymnasium", "stable-baselines3", "datasets", "numpy", "safetensors")
 

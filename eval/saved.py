@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from backbones.backbone import Backbone
-from backbones.errors import InputError
-from backbones.loading import EMBEDDED, load_backbone
-from backbones.lora import holds_adapters
-from backbones.plain_files import MALFORMED, read_json
-from eval.runs import RunFolder
-from policies.learned import Controller, load_controller
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.loading import EMBEDDED, load_backbone
+from maskgym.backbones.lora import holds_adapters
+from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.learned import Controller, load_controller
 
 DESCRIPTION, MODEL = "adaptive.json", "model"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -1,7 +1,7 @@
-"""``python -m eval scale-out``: how PPO's rollouts go on many workers, simulated from what was measured here.
+"""``python -m maskgym.eval scale-out``: how PPO's rollouts go on many workers, simulated from what was measured here.
 
-Workers execute plans, one process learns (``envs.ray_core``): a step lasts as long as its slowest worker, and what the
-learner does grows with the number of plans.
+Workers execute plans, one process learns (``maskgym.envs.ray_core``): a step lasts as long as its slowest worker, and
+what the learner does grows with the number of plans.
 
 Shape legend: S simulated steps, W workers.
 """
@@ -17,17 +17,17 @@ import torch
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 
-from backbones import Backbone
-from backbones.errors import InputError
-from envs import MaskingCore, load_queries
-from envs.core import Slots
-from eval import cli
-from eval.answering import Answering
-from eval.latency import timed
-from eval.report import markdown
-from policies.baselines import random_plans
-from policies.controller import ControllerConfig
-from policies.sb3_policy import TwoLevelPolicy
+from maskgym.backbones import Backbone
+from maskgym.backbones.errors import InputError
+from maskgym.envs import MaskingCore, load_queries
+from maskgym.envs.core import Slots
+from maskgym.eval import cli
+from maskgym.eval.answering import Answering
+from maskgym.eval.latency import timed
+from maskgym.eval.report import markdown
+from maskgym.policies.baselines import random_plans
+from maskgym.policies.controller import ControllerConfig
+from maskgym.policies.sb3_policy import TwoLevelPolicy
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ScaleOut(cli.Placement, Answering):
     for as many: deciding, and the gradient steps. Then draws a latency for each of W workers from those measured, step
     by step; a step ends when the slowest worker does. Each worker has the same number of plans whatever W is.
 
-    Example: python -m eval scale-out --data scenes --workers 1 8 64
+    Example: python -m maskgym.eval scale-out --data scenes --workers 1 8 64
     """
 
     backbone: str = "tiny"

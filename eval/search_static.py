@@ -1,4 +1,4 @@
-"""``python -m eval search-static``: the best plan that is the same for every query."""
+"""``python -m maskgym.eval search-static``: the best plan that is the same for every query."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbones import Backbone
-from envs import load_queries
-from eval import cli, report
-from eval.failures import working
-from policies.static.search import SearchSettings, search_order
-from policies.static.searched import SearchedOrder
+from maskgym.backbones import Backbone
+from maskgym.envs import load_queries
+from maskgym.eval import cli, report
+from maskgym.eval.failures import working
+from maskgym.policies.static.search import SearchSettings, search_order
+from maskgym.policies.static.searched import SearchedOrder
 
 BATCH = 128
 
@@ -23,7 +23,7 @@ class SearchStatic(cli.Placement):
     The policy static:plan=FILE then drops in that order until a plan fits its budget. Each step drops what moves the
     first answer token's distribution least for the FLOPs that it saves (GSOP / DOP, arXiv 2507.02909).
 
-    Example: python -m eval search-static --data scenes --out static.json
+    Example: python -m maskgym.eval search-static --data scenes --out static.json
     """
 
     out: Path
@@ -50,7 +50,7 @@ class SearchStatic(cli.Placement):
         found = search(self.load(self.backbone), self.data, self.split, self.queries, settings)
         found.save(self.out)
         print(report.markdown(_at_shares(found.flops, found.divergence)))
-        print(f"{len(found.order)} units in order: python -m eval run static:plan={self.out}")
+        print(f"{len(found.order)} units in order: python -m maskgym.eval run static:plan={self.out}")
 
 
 def search(backbone: Backbone, data: str, split: str, queries: int, settings: SearchSettings) -> SearchedOrder:

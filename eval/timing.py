@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.encoding import EncodingBank, Query
-from backbones.errors import InputError
-from backbones.latency_model import LatencyModel
-from eval.failures import report_failed
-from eval.latency import Latency, device_name, measure
-from eval.report import markdown
-from policies.baselines import Planner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodingBank, Query
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.eval.failures import report_failed
+from maskgym.eval.latency import Latency, device_name, measure
+from maskgym.eval.report import markdown
+from maskgym.policies.baselines import Planner
 
 Record = dict[str, Any]
 
@@ -87,4 +87,4 @@ def load_latency_model(path: Path, backbone: Backbone) -> LatencyModel:
 
 
 def how_to_calibrate(backbone: str, out: str = "latency.json") -> str:
-    return shlex.join(["python", "-m", "eval", "latency", "--backbone", backbone, "--out", out])
+    return shlex.join(["python", "-m", "maskgym.eval", "latency", "--backbone", backbone, "--out", out])

@@ -1,4 +1,4 @@
-"""``python -m eval tune``: every baseline's options, chosen on validation queries."""
+"""``python -m maskgym.eval tune``: every baseline's options, chosen on validation queries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from backbones import Backbone, EncodingBank
-from envs import load_queries
-from envs.answer_length import say_cuts
-from eval import cli, report
-from eval.answering import Answering
-from eval.evaluate import Record, check_budgets, outcomes_met
-from eval.policies import load_planners, split_variants
-from policies.keep import check_share
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.envs import load_queries
+from maskgym.envs.answer_length import say_cuts
+from maskgym.eval import cli, report
+from maskgym.eval.answering import Answering
+from maskgym.eval.evaluate import Record, check_budgets, outcomes_met
+from maskgym.eval.policies import load_planners, split_variants
+from maskgym.policies.keep import check_share
 
 GRID = Path(__file__).parent / "tuning-grid.txt"
 
@@ -31,7 +31,7 @@ class Tune(cli.Placement, Answering):
     A setting is a policy as eval run takes it; those whose names begin alike, up to the first : or @, are settings of
     one baseline. Best is the highest accuracy, averaged over the budgets and shares.
 
-    Example: python -m eval tune fastv:k=1 fastv:k=2 fastv:k=3 --data scenes --budgets 0.5 --json tuning.json
+    Example: python -m maskgym.eval tune fastv:k=1 fastv:k=2 fastv:k=3 --data scenes --budgets 0.5 --json tuning.json
     """
 
     policies: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -74,7 +74,7 @@ class Tune(cli.Placement, Answering):
         for policy, reason in left_out.items():
             print(f"{policy} is left out: {reason}")
         print(report.table([record for own in records.values() for record in own]))
-        print(f"best: {shlex.join(['python', '-m', 'eval', 'run', *best.values(), '--data', self.data])}")
+        print(f"best: {shlex.join(['python', '-m', 'maskgym.eval', 'run', *best.values(), '--data', self.data])}")
 
 
 def evaluate_settings(

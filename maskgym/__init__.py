@@ -5,9 +5,9 @@ Importing it registers ``maskgym/Masking-v0`` with Gymnasium.
 
 import gymnasium
 
-from backbones import MaskLayout, Masks, Query, load_backbone
-from envs import MaskingVecEnv, RewardTerms, load_queries
 from maskgym.adaptive import AdaptiveVLM
+from maskgym.backbones import MaskLayout, Masks, Query, load_backbone
+from maskgym.envs import MaskingVecEnv, RewardTerms, load_queries
 
 __all__ = [
     "AdaptiveVLM",
@@ -22,6 +22,6 @@ __all__ = [
 
 gymnasium.register(
     id="maskgym/Masking-v0",
-    entry_point="envs.masking_env:MaskingEnv",
-    vector_entry_point="envs.masking_env:MaskingVectorEnv",
+    entry_point="maskgym.envs.masking_env:MaskingEnv",
+    vector_entry_point="maskgym.envs.masking_env:MaskingVectorEnv",
 )

@@ -11,23 +11,23 @@ from typing import Any, Literal, TypeGuard, overload
 import torch
 from PIL import Image
 
-from backbones.atomic import write_json, write_text
-from backbones.backbone import Backbone
-from backbones.encoding import Query
-from backbones.errors import InputError, as_python, check_count, first_line
-from backbones.images import read_image, shown_path
-from backbones.latency_model import LatencyModel
-from backbones.loading import how_to_fetch
-from backbones.plain_files import read_records
-from eval.evaluate import Record, check_budgets
-from eval.runs import environment, make_folder
-from eval.saved import DESCRIPTION, MODEL, described_backbone, followed, load_with_options
-from eval.timing import how_to_calibrate, load_latency_model
+from maskgym.backbones.atomic import write_json, write_text
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.errors import InputError, as_python, check_count, first_line
+from maskgym.backbones.images import read_image, shown_path
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.loading import how_to_fetch
+from maskgym.backbones.plain_files import read_records
+from maskgym.eval.evaluate import Record, check_budgets
+from maskgym.eval.runs import environment, make_folder
+from maskgym.eval.saved import DESCRIPTION, MODEL, described_backbone, followed, load_with_options
+from maskgym.eval.timing import how_to_calibrate, load_latency_model
 from maskgym.model_card import model_card
-from policies.adapters import save_model
-from policies.learned import Controller, load_controller, planner_of, save_controller
-from policies.milliseconds import MillisecondPlanner
-from policies.replies import Planned, Reply, Stream
+from maskgym.policies.adapters import save_model
+from maskgym.policies.learned import Controller, load_controller, planner_of, save_controller
+from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.replies import Planned, Reply, Stream
 
 RECORDS = "result.json"
 DEFAULT_BUDGET = 0.5
@@ -78,7 +78,7 @@ class AdaptiveVLM:
             backbone: by name, or loaded; by default the one that the controller was trained on.
             device: where a backbone is loaded to, and
             dtype: of its weights.
-            latency_model: a file that ``python -m eval latency --out`` wrote on this device.
+            latency_model: a file that ``python -m maskgym.eval latency --out`` wrote on this device.
 
         Raises:
             InputError: nothing loadable there, a controller for another backbone, a latency model of another, or a

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backbones.backbone import Backbone
-from eval.evaluate import Record
-from eval.report import table
+from maskgym.backbones.backbone import Backbone
+from maskgym.eval.evaluate import Record
+from maskgym.eval.report import table
 
 
 def model_card(name: str, backbone: Backbone, whole: bool, records: Sequence[Record]) -> str:

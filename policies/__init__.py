@@ -1,9 +1,9 @@
 """The two-level controller, what trains it, what makes its plans fit, and the baselines."""
 
-from policies.baselines import BASELINES, Planner, random_plans
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner, load_controller, save_controller
-from policies.projection import project
+from maskgym.policies.baselines import BASELINES, Planner, random_plans
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import ControllerPlanner, load_controller, save_controller
+from maskgym.policies.projection import project
 
 __all__ = [
     "BASELINES",

@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.cost import mlp_flops
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.midway import Midway
-from backbones.soft_decoder import Gates
-from policies.bisection import most_that_fits
-from policies.projection import budget_flops
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.cost import mlp_flops
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.midway import Midway
+from maskgym.backbones.soft_decoder import Gates
+from maskgym.policies.bisection import most_that_fits
+from maskgym.policies.projection import budget_flops
 
 VARIANTS = ("l", "h")
 LEVELS = ("flops", "layers")

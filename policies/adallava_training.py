@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.encoding import Encoding
-from backbones.soft_decoder import Gates, SoftMidway, soft_answer_logits
-from policies.adallava import AdaLlavaPlanner
-from policies.relaxed_training import RelaxationSettings, RelaxedBatch, answer_targets
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.soft_decoder import Gates, SoftMidway, soft_answer_logits
+from maskgym.policies.adallava import AdaLlavaPlanner
+from maskgym.policies.relaxed_training import RelaxationSettings, RelaxedBatch, answer_targets
 
 
 class AdaLlavaLearner:

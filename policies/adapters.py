@@ -8,9 +8,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from backbones.atomic import whole_folder
-from backbones.backbone import Backbone
-from backbones.errors import InputError
+from maskgym.backbones.atomic import whole_folder
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.errors import InputError
 
 
 def lora_config(backbone: Backbone, rank: int) -> LoraConfig:

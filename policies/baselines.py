@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import AXES, Masks
-from policies.even import EvenPlanner
-from policies.projection import project
-from policies.static import STATIC
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import AXES, Masks
+from maskgym.policies.even import EvenPlanner
+from maskgym.policies.projection import project
+from maskgym.policies.static import STATIC
 
 
 class Planner(Protocol):
@@ -43,7 +43,7 @@ class Planner(Protocol):
 
 
 def signals_of(planner: Planner) -> tuple[str, ...]:
-    """What a planner reads of the vision tower (``backbones.saliency.SIGNALS``)."""
+    """What a planner reads of the vision tower (``maskgym.backbones.saliency.SIGNALS``)."""
     return getattr(planner, "signals", ())
 
 

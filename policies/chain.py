@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backbones.arrange import arrange
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.plan_cost import laying_out_flops, merging_flops, most_laying_out_flops
-from policies.baselines import Planner, notes_of, planning_flops, signals_of
-from policies.projection import budget_flops
+from maskgym.backbones.arrange import arrange
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.plan_cost import laying_out_flops, merging_flops, most_laying_out_flops
+from maskgym.policies.baselines import Planner, notes_of, planning_flops, signals_of
+from maskgym.policies.projection import budget_flops
 
 THEN = " then "
 """Between the two on the command line: ``"prumerge+ then runs/adallava-l"``."""

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backbones.atomic import remove_at_once, whole_folder
-from backbones.errors import InputError, first_line
-from backbones.plain_files import read_json
+from maskgym.backbones.atomic import remove_at_once, whole_folder
+from maskgym.backbones.errors import InputError, first_line
+from maskgym.backbones.plain_files import read_json
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> None:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from backbones.encoding import Encoding
+from maskgym.backbones.encoding import Encoding
 
 SHARPNESS = 3.0
 """Of the split between tokens, heads and layers in training plans (``random_waits``): a third of them cut

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.cost import mlp_flops
-from backbones.errors import InputError, check_count
-from backbones.masks import AXES, MaskLayout, check_axes
-from backbones.survivors import Survivors
-from policies.even import even_confidence
+from maskgym.backbones.cost import mlp_flops
+from maskgym.backbones.errors import InputError, check_count
+from maskgym.backbones.masks import AXES, MaskLayout, check_axes
+from maskgym.backbones.survivors import Survivors
+from maskgym.policies.even import even_confidence
 
 SHARE_FEATURES = 4
 RULES = ("threshold", "fill")
@@ -39,14 +39,15 @@ class ControllerConfig:
         pools: K, learned poolings of the question.
         initial_logit: mean keep-logit of visual tokens before training.
         initial_spread: how far they lie around it, in an order of which every part is spread evenly over the image;
-            head slots begin half as far above the mean, layers as far (``policies.even``); 0: all units are alike.
+            head slots begin half as far above the mean, layers as far (``maskgym.policies.even``); 0: all units are
+            alike.
         token_spread: of the visual tokens alone, if it is another.
         text_tokens: longest prompt with positions of their own; later tokens share the last.
         axes: what it decides on; units of other axes are always kept.
         rule: how logits become a plan. ``"threshold"``: units with a positive logit, as many as there are, projected
             into the budget where they exceed it. ``"fill"``: all logits are shifted by one number until the
             plan that they stand for spends the budget; the second level again, given the tokens kept.
-        positions: how the kept tokens are laid out; see ``backbones.survivors``.
+        positions: how the kept tokens are laid out; see ``maskgym.backbones.survivors``.
         merge: whether dropped tokens are averaged into kept ones.
     """
 

@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.finite import check_finite
-from backbones.masks import Masks
-from backbones.plan_cost import laying_out_flops
-from backbones.soft_decoder import Gates, soft_llm_flops
-from backbones.stages import best_tokens
-from backbones.survivors import Survivors
-from policies.controller import Reading, TwoLevelController
-from policies.filling import fill
-from policies.projection import budget_flops, project
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.finite import check_finite
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.plan_cost import laying_out_flops
+from maskgym.backbones.soft_decoder import Gates, soft_llm_flops
+from maskgym.backbones.stages import best_tokens
+from maskgym.backbones.survivors import Survivors
+from maskgym.policies.controller import Reading, TwoLevelController
+from maskgym.policies.filling import fill
+from maskgym.policies.projection import budget_flops, project
 
 
 @dataclass(frozen=True)

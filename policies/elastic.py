@@ -30,21 +30,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from backbones.atomic import UNFINISHED, put_in_place, remove_at_once
-from backbones.backbone import Backbone
-from backbones.encoding import EncodedImage
-from backbones.errors import InputError, queries_named
-from backbones.executed import executed_answer_logits
-from backbones.finite import refuse_bad_gradients
-from backbones.masks import Masks
-from backbones.plain_files import read_json
-from backbones.shared_prefix import answer_logits, can_share
-from backbones.survivors import RESTORED, Survivors
-from policies.baselines import random_waits
-from policies.checkpoints import reading_newest
-from policies.coherent import RESTORED_SHARE, SHARPNESS, reorder_tokens
-from policies.projection import least_share, project
-from policies.training_queries import TrainingQueries
+from maskgym.backbones.atomic import UNFINISHED, put_in_place, remove_at_once
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodedImage
+from maskgym.backbones.errors import InputError, queries_named
+from maskgym.backbones.executed import executed_answer_logits
+from maskgym.backbones.finite import refuse_bad_gradients
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.plain_files import read_json
+from maskgym.backbones.shared_prefix import answer_logits, can_share
+from maskgym.backbones.survivors import RESTORED, Survivors
+from maskgym.policies.baselines import random_waits
+from maskgym.policies.checkpoints import reading_newest
+from maskgym.policies.coherent import RESTORED_SHARE, SHARPNESS, reorder_tokens
+from maskgym.policies.projection import least_share, project
+from maskgym.policies.training_queries import TrainingQueries
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and the one before."""
@@ -105,7 +105,8 @@ class ElasticTrainer(SFTTrainer):
         draws: one row an image and step, in order, with the column ``queries``.
         settings: plain steps, budgets, seed.
         args: TRL's.
-        peft_config: train adapters (``policies.adapters.lora_config``) and leave the weights; without it, all weights.
+        peft_config: train adapters (``maskgym.policies.adapters.lora_config``) and leave the weights; without it, all
+            weights.
         **options: of ``SFTTrainer``.
     """
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import AXES, MaskLayout, Masks
-from policies.projection import project
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import AXES, MaskLayout, Masks
+from maskgym.policies.projection import project
 
 
 def even_order(tokens: int) -> Tensor:

@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import EncodingBank
-from backbones.errors import InputError, queries_named
-from backbones.executed import executed_answer_logits
-from backbones.finite import refuse_bad_gradients
-from backbones.masks import Masks
-from envs.scoring import reference
-from policies.adapters import lora_config, save_model
-from policies.checkpoints import optimizer_tensors, restore_optimizer
-from policies.relaxed_training import answer_targets
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodingBank
+from maskgym.backbones.errors import InputError, queries_named
+from maskgym.backbones.executed import executed_answer_logits
+from maskgym.backbones.finite import refuse_bad_gradients
+from maskgym.backbones.masks import Masks
+from maskgym.envs.scoring import reference
+from maskgym.policies.adapters import lora_config, save_model
+from maskgym.policies.checkpoints import optimizer_tensors, restore_optimizer
+from maskgym.policies.relaxed_training import answer_targets
 
 WAYS = ("off", "lora", "full")
 RANK = 16

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from policies.baselines import Planner, notes_of
-from policies.static.counts import CountPlanner
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.policies.baselines import Planner, notes_of
+from maskgym.policies.static.counts import CountPlanner
 
 
 def check_share(share: float) -> None:

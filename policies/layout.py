@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.plan_cost import most_laying_out_flops
-from backbones.survivors import POSITIONS, Survivors
-from policies.baselines import Planner, notes_of, planning_flops, signals_of
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.plan_cost import most_laying_out_flops
+from maskgym.backbones.survivors import POSITIONS, Survivors
+from maskgym.policies.baselines import Planner, notes_of, planning_flops, signals_of
 
 MERGE = "merge"
 
@@ -26,7 +26,7 @@ class LaidOutPlanner:
     Args:
         planner: chooses; a baseline or a trained controller.
         backbone: prices the plans.
-        positions: one of ``backbones.survivors.POSITIONS``; None: as the planner has them.
+        positions: one of ``maskgym.backbones.survivors.POSITIONS``; None: as the planner has them.
         merge: average dropped tokens into the kept ones that they resemble.
     """
 

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from backbones.atomic import write_atomically, write_json
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.fingerprint import fingerprint
-from backbones.masks import Masks
-from backbones.plain_files import MALFORMED, check_inside, read_json
-from backbones.tensor_files import tensor_shapes
-from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
-from policies.baselines import Planner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.decisions import Decider
+from maskgym.backbones.atomic import write_atomically, write_json
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.fingerprint import fingerprint
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.plain_files import MALFORMED, check_inside, read_json
+from maskgym.backbones.tensor_files import tensor_shapes
+from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
+from maskgym.policies.baselines import Planner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.decisions import Decider
 
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
 MADE_FOR = "backbone_fingerprint"

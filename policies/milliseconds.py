@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.latency_model import LatencyModel
-from backbones.masks import Masks
-from policies.baselines import Planner, notes_of, planning_flops, signals_of
-from policies.projection import least_share
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.masks import Masks
+from maskgym.policies.baselines import Planner, notes_of, planning_flops, signals_of
+from maskgym.policies.projection import least_share
 
 HALVINGS = 10
 ATTEMPTS = HALVINGS + 2

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.encoding import Encoding
-from backbones.soft_decoder import Gates
-from policies.decisions import Decider, Decisions
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.soft_decoder import Gates
+from maskgym.policies.decisions import Decider, Decisions
 
 ESTIMATORS = ("gumbel", "soft-topk", "adallava-l", "adallava-h")
 

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.soft_decoder import Gates, soft_answer_logits
-from policies.decisions import Decider
-from policies.projection import least_share
-from policies.relaxation import ESTIMATORS, Relaxed, cost_loss, gumbel_straight_through, soft_top_k
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.soft_decoder import Gates, soft_answer_logits
+from maskgym.policies.decisions import Decider
+from maskgym.policies.projection import least_share
+from maskgym.policies.relaxation import ESTIMATORS, Relaxed, cost_loss, gumbel_straight_through, soft_top_k
 
 COST_LOSSES = ("budget", "penalty")
 

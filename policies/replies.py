@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.backbone import Answers, Backbone
-from backbones.encoding import Encoding, Query
-from backbones.latency_model import LatencyModel
-from backbones.masks import Masks
-from policies.baselines import Planner
-from policies.milliseconds import MillisecondPlanner
+from maskgym.backbones.backbone import Answers, Backbone
+from maskgym.backbones.encoding import Encoding, Query
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.masks import Masks
+from maskgym.policies.baselines import Planner
+from maskgym.policies.milliseconds import MillisecondPlanner
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.encoding import EncodingBank
-from backbones.errors import InputError, queries_named
-from backbones.finite import refuse_bad_gradients
-from backbones.masks import MaskLayout
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.decisions import Budgeted, Decider, Decisions
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import EncodingBank
+from maskgym.backbones.errors import InputError, queries_named
+from maskgym.backbones.finite import refuse_bad_gradients
+from maskgym.backbones.masks import MaskLayout
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.decisions import Budgeted, Decider, Decisions
 
 RATIOS = ("joint", "level", "axis", "bit")
 """PPO clips the ratio of new to old probability. ``joint``: of the whole plan, which leaves the clip range at once when

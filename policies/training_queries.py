@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from backbones.backbone import Backbone
-from backbones.encoding import QuerySource
-from backbones.errors import InputError
-from backbones.left_out import MAX_FAILED, LeftOut
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import QuerySource
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.left_out import MAX_FAILED, LeftOut
 
 
 class TrainingQueries:

@@ -20,12 +20,12 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from backbones import Backbone, EncodingBank, load_backbone
-from backbones.families import FAMILIES
-from backbones.families.llava import LlavaFamily
-from backbones.tiny import build_tiny
-from envs.queries import DatasetQueries
-from eval import cli
+from maskgym.backbones import Backbone, EncodingBank, load_backbone
+from maskgym.backbones.families import FAMILIES
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.tiny import build_tiny
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval import cli
 from tests.families import BUILDERS, build_family
 
 

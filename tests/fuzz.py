@@ -28,33 +28,33 @@ import yaml
 from PIL import Image
 from safetensors.torch import save
 
-from backbones import Backbone, InputError
-from backbones.images import read_image
-from backbones.latency_model import LatencyModel
-from backbones.naming import parse_options
-from backbones.plain_files import read_records
-from envs import WeightedReward
-from envs.benchmarks.layout import Benchmark
-from envs.benchmarks.reading import json_entries, json_lines, tab_separated
-from envs.benchmarks.source import BENCHMARKS, rows
-from envs.scenes import scenes
-from eval import cli
-from eval.experiment.arms import Arm
-from eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
-from eval.experiment.command import read_head
-from eval.policies import load_planner
-from eval.runs import RunFolder
-from eval.saved import DESCRIPTION, described_backbone
-from eval.tune import read_grid
+from maskgym.backbones import Backbone, InputError
+from maskgym.backbones.images import read_image
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.naming import parse_options
+from maskgym.backbones.plain_files import read_records
+from maskgym.envs import WeightedReward
+from maskgym.envs.benchmarks.layout import Benchmark
+from maskgym.envs.benchmarks.reading import json_entries, json_lines, tab_separated
+from maskgym.envs.benchmarks.source import BENCHMARKS, rows
+from maskgym.envs.scenes import scenes
+from maskgym.eval import cli
+from maskgym.eval.experiment.arms import Arm
+from maskgym.eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
+from maskgym.eval.experiment.command import read_head
+from maskgym.eval.policies import load_planner
+from maskgym.eval.runs import RunFolder
+from maskgym.eval.saved import DESCRIPTION, described_backbone
+from maskgym.eval.tune import read_grid
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.recorded import ASKED, Recorded
-from policies.checkpoints import load_checkpoint
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import SIZES, WEIGHTS, load_controller
-from policies.static.searched import SearchedOrder
+from maskgym.policies.checkpoints import load_checkpoint
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import SIZES, WEIGHTS, load_controller
+from maskgym.policies.static.searched import SearchedOrder
+from maskgym.training.rl import RLConfig
 from tests import benchmark_files
 from tests.conftest import build
-from train_rl import RLConfig
 
 SECONDS_AN_INPUT = 10
 """What takes longer hangs."""

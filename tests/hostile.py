@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import InputError
-from backbones.loading import load_backbone
-from eval.runs import RunFolder
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import save_controller
+from maskgym.backbones import InputError
+from maskgym.backbones.loading import load_backbone
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import save_controller
 
 
 class Witness:

@@ -24,17 +24,17 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from eval import cli
+from maskgym.eval import cli
 from tests.conftest import build, make_dataset
 
 SHARED = "--budgets 0.6 1.0 --test-budgets 0.6 1.0 --batch-size 8"
 RL = "--envs 8 --rollout-steps 2 --total-queries 24 --validate-every 12 --checkpoint-every 8"
 RELAXED = "--total-queries 256 --validate-every 48 --checkpoint-every 32 --estimator"
 TRAININGS = {
-    "rl": ("train_rl", f"{RL} --reward lagrangian 0.1*log-likelihood"),
-    "gumbel": ("train_gumbel", f"{RELAXED} gumbel"),
-    "soft-topk": ("train_gumbel", f"{RELAXED} soft-topk"),
-    "adallava-l": ("train_gumbel", f"{RELAXED} adallava-l"),
+    "rl": ("maskgym.training.rl", f"{RL} --reward lagrangian 0.1*log-likelihood"),
+    "gumbel": ("maskgym.training.gumbel", f"{RELAXED} gumbel"),
+    "soft-topk": ("maskgym.training.gumbel", f"{RELAXED} soft-topk"),
+    "adallava-l": ("maskgym.training.gumbel", f"{RELAXED} adallava-l"),
 }
 """By name, the script and its options."""
 
@@ -89,7 +89,7 @@ def _work(script: str, arguments: tuple[str, ...], log: Path) -> None:
 def forking() -> Any:
     """Makes processes from one that has imported everything, which takes its time when the first is made."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_rl", "train_gumbel", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["maskgym.training.rl", "maskgym.training.gumbel", "matplotlib.pyplot"])
     return context
 
 

@@ -20,18 +20,18 @@ import tyro
 from PIL import Image
 from stable_baselines3.common.callbacks import BaseCallback
 
-import train_rl
-from backbones import Backbone, EncodingBank
-from backbones.backbone import Answers
-from backbones.encoding import EncodedImage, Encoding, Query
-from backbones.masks import Masks
-from envs.queries import DatasetQueries
-from eval.bench_data import private_mb
+import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
-from policies.baselines import Planner, RandomPlanner
-from policies.controller import RULES, ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner
-from policies.projection import least_share
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.backbones.backbone import Answers
+from maskgym.backbones.encoding import EncodedImage, Encoding, Query
+from maskgym.backbones.masks import Masks
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval.bench_data import private_mb
+from maskgym.policies.baselines import Planner, RandomPlanner
+from maskgym.policies.controller import RULES, ControllerConfig, TwoLevelController
+from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.projection import least_share
 from tests.conftest import KINDS, build, make_dataset
 
 MARKS = (10_000, 100_000, 600_000, 1_000_000)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from backbones import Backbone, Encoding, Masks
-from backbones.arrange import arrange
-from backbones.stages import Stage
+from maskgym.backbones import Backbone, Encoding, Masks
+from maskgym.backbones.arrange import arrange
+from maskgym.backbones.stages import Stage
 
 
 @dataclass

@@ -15,19 +15,19 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
-import eval.__main__ as eval_main
-import train_backbone
-import train_gumbel
-import train_rl
-from backbones import load_backbone
-from backbones.naming import parse_options
-from envs import WeightedReward
-from envs.queries import NAMED
-from eval import cli
-from eval.experiment.arms import EXPERIMENTS, Prepared
-from eval.policies import load_planner
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.backbone as train_backbone
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import load_backbone
+from maskgym.backbones.naming import parse_options
+from maskgym.envs import WeightedReward
+from maskgym.envs.queries import NAMED
+from maskgym.eval import cli
+from maskgym.eval.experiment.arms import EXPERIMENTS, Prepared
+from maskgym.eval.policies import load_planner
 from maskgym.lmms.arguments import Arguments
-from policies.chain import THEN
+from maskgym.policies.chain import THEN
 from tests import fuzz
 from tests.load import Load
 
@@ -150,7 +150,7 @@ def check_command(words: list[str]) -> None:
             _check_training(script, arguments)
         case ["accelerate", "launch", script, *arguments] if script in TRAININGS:
             _check_training(script, arguments)
-        case ["python", "-m", "eval", *arguments]:
+        case ["python", "-m", "maskgym.eval", *arguments]:
             options: Any = _parsed(lambda: cli.read_options(eval_main.Command, arguments))
             _check_values(options)
             if isinstance(options, eval_main.Run):
@@ -275,7 +275,7 @@ def check_span(span: str, name: str) -> None:
     Raises:
         Wrong: an unknown command or option.
     """
-    words = span.removeprefix("python ").removeprefix("-m ").split()
+    words = span.removeprefix("python ").removeprefix("-m ").removeprefix("maskgym.").split()
     named = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
     match words:
         case ["eval", command, *_] if span.startswith("python") or named:

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval.__main__ as eval_main
-import train_backbone
-import train_gumbel
-import train_rl
-from backbones import load_backbone
-from backbones.latency_model import LatencyModel
-from eval import cli
-from eval.latency import device_name
-from eval.runs import RunFolder
-from policies.controller import TwoLevelController
-from policies.learned import save_controller
-from policies.static.searched import SearchedOrder
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.backbone as train_backbone
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import load_backbone
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.eval import cli
+from maskgym.eval.latency import device_name
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.controller import TwoLevelController
+from maskgym.policies.learned import save_controller
+from maskgym.policies.static.searched import SearchedOrder
 
 PROGRAMS = {
     "train_rl": train_rl.main,

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backbones import EncodingBank
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.soft_decoder import Gates, SoftMidway, soft_answer_logits
-from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler, exactly
-from policies.adallava_training import AdaLlavaLearner, _with_token
-from policies.chain import ChainPlanner
-from policies.projection import budget_flops
-from policies.relaxed_training import RelaxationSettings, RelaxedBatch, answer_targets
+from maskgym.backbones import EncodingBank
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.soft_decoder import Gates, SoftMidway, soft_answer_logits
+from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler, exactly
+from maskgym.policies.adallava_training import AdaLlavaLearner, _with_token
+from maskgym.policies.chain import ChainPlanner
+from maskgym.policies.projection import budget_flops
+from maskgym.policies.relaxed_training import RelaxationSettings, RelaxedBatch, answer_targets
 from tests.conftest import build, random_masks
 from tests.test_cost import counted
 
@@ -141,7 +141,7 @@ def test_the_original_counts_layers_whatever_they_cost(small, source):
 @pytest.mark.parametrize("variant", ["l", "h"])
 def test_a_token_step_may_come_first(small, source, tokens, variant):
     """With k=2 attention is asked of a layer that the scheduler may have skipped."""
-    from eval.policies import load_planner
+    from maskgym.eval.policies import load_planner
 
     encoding = EncodingBank(small, source).gather(ROWS)
     first = load_planner(tokens, small, 0)

@@ -15,17 +15,17 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import eval.__main__ as eval_main
-import train_gumbel
-import train_rl
-from backbones import load_backbone
-from backbones.errors import InputError
-from envs import load_queries
-from eval.policies import load_planner
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
+from maskgym.backbones import load_backbone
+from maskgym.backbones.errors import InputError
+from maskgym.envs import load_queries
+from maskgym.eval.policies import load_planner
 from maskgym.model_card import model_card
-from policies.baselines import FullPlanner
-from policies.replies import Planned, Stream
+from maskgym.policies.baselines import FullPlanner
+from maskgym.policies.replies import Planned, Stream
 from tests.conftest import build, build_of, command
 from tests.local_hub import local_hub
 
@@ -275,7 +275,9 @@ def test_milliseconds(monkeypatch, run_of, queries, place, tmp_path):
     other = AdaptiveVLM.from_pretrained(run_of("tuned"))
     with pytest.raises(InputError, match="is of backbone"):
         AdaptiveVLM.from_pretrained(run_of("tuned"), latency_model=tmp_path / "latency.json")
-    with pytest.raises(InputError, match=f"make one with python -m eval latency --backbone {other.backbone.name} "):
+    with pytest.raises(
+        InputError, match=f"make one with python -m maskgym.eval latency --backbone {other.backbone.name} "
+    ):
         other.generate(query.image, query.question, latency_ms=5.0)
 
 

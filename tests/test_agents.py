@@ -17,8 +17,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
-from envs import load_queries
 from maskgym import MaskingVecEnv
+from maskgym.envs import load_queries
 from tests.conftest import slow_but
 from tests.pages import ROOT, blocks
 

@@ -8,19 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import eval.__main__ as eval_main
 import maskgym  # noqa: F401  registers the environment
-import train_backbone
-import train_gumbel
-import train_rl
-from backbones import Backbone, EncodingBank
-from envs import MaskingCore
-from envs.answer_length import MOST, AcceptedLengths, answer_cut, cut_of
-from envs.queries import DatasetQueries, load_queries
-from eval.evaluate import evaluate
-from eval.experiment.cells import Cell, measure
-from eval.experiment.command import Experiment
-from policies.baselines import FullPlanner
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.backbone as train_backbone
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.envs import MaskingCore
+from maskgym.envs.answer_length import MOST, AcceptedLengths, answer_cut, cut_of
+from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.experiment.cells import Cell, measure
+from maskgym.eval.experiment.command import Experiment
+from maskgym.policies.baselines import FullPlanner
 from tests.conftest import build, command, make_dataset
 
 BUDGET = "--budgets 0.7"

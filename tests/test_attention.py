@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from backbones import InputError, attention
-from backbones.ragged import Ragged
+from maskgym.backbones import InputError, attention
+from maskgym.backbones.ragged import Ragged
 from tests.conftest import build
 
 SCALE = 0.3

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import eval.__main__ as eval_main
-from backbones import EncodingBank
-from backbones.masks import Masks
-from envs import load_queries
-from eval.audit import SIDE, audit, relevance_table, swapped
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones import EncodingBank
+from maskgym.backbones.masks import Masks
+from maskgym.envs import load_queries
+from maskgym.eval.audit import SIDE, audit, relevance_table, swapped
 from tests.conftest import command
 
 

@@ -12,15 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones import InputError, MaskLayout, load_backbone
-from backbones.latency_model import LatencyModel
-from envs import MaskingCore, MaskingEnv, MaskingVecEnv, MaskingVectorEnv, RewardTerms, WeightedReward, load_queries
-from eval.evaluate import check_budgets, evaluate
-from eval.policies import load_planner
 from maskgym import AdaptiveVLM
+from maskgym.backbones import InputError, MaskLayout, load_backbone
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.envs import (
+    MaskingCore,
+    MaskingEnv,
+    MaskingVecEnv,
+    MaskingVectorEnv,
+    RewardTerms,
+    WeightedReward,
+    load_queries,
+)
+from maskgym.eval.evaluate import check_budgets, evaluate
+from maskgym.eval.policies import load_planner
 from maskgym.lmms.arguments import Arguments
-from policies import ControllerConfig, TwoLevelController, load_controller, project
-from policies.baselines import RandomPlanner
+from maskgym.policies import ControllerConfig, TwoLevelController, load_controller, project
+from maskgym.policies.baselines import RandomPlanner
 from tests.conftest import build
 from tests.refusals import snapshot
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones import EncodingBank, InputError
-from backbones.images import read_image
-from envs.queries import DatasetQueries
-from eval import cli
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.backbones.images import read_image
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval import cli
 from tests.conftest import make_dataset
 from tests.refusals import PROGRAMS, Line, check_line
 

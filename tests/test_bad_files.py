@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import eval.__main__ as eval_main
-from backbones import InputError, load_backbone
-from backbones.atomic import write_atomically
-from backbones.latency_model import LatencyModel
-from eval.experiment.arms import Arm
-from eval.experiment.cells import MEASURED, Cell
-from eval.report import plot_tradeoff
-from eval.runs import RunFolder
+import maskgym.eval.__main__ as eval_main
 from maskgym import AdaptiveVLM
-from policies.checkpoints import load_checkpoint, save_checkpoint
-from policies.learned import SIZES, WEIGHTS, load_controller
-from policies.static.searched import SearchedOrder
+from maskgym.backbones import InputError, load_backbone
+from maskgym.backbones.atomic import write_atomically
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.eval.experiment.arms import Arm
+from maskgym.eval.experiment.cells import MEASURED, Cell
+from maskgym.eval.report import plot_tradeoff
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
+from maskgym.policies.learned import SIZES, WEIGHTS, load_controller
+from maskgym.policies.static.searched import SearchedOrder
 from tests.conftest import command
 from tests.refusals import Line, check_line, snapshot
 

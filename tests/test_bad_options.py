@@ -436,7 +436,7 @@ def test_bad_options(line, monkeypatch, capsys, desk):
 
 def test_every_command_has_its_table():
     """A command that is added is in here, too."""
-    import eval.__main__ as eval_main
+    import maskgym.eval.__main__ as eval_main
 
     names = {arm.__metadata__[0].name for arm in eval_main.Command.__args__}
     asked = {line.command.split()[1] for line in COMMANDS if len(line.command.split()) > 1}

@@ -1,16 +1,16 @@
-"""``python -m eval run`` with shares of the tokens and layouts, and ``python -m eval tune``."""
+"""``python -m maskgym.eval run`` with shares of the tokens and layouts, and ``python -m maskgym.eval tune``."""
 
 import json
 
 import pytest
 
-import eval.__main__ as eval_main
-from backbones import EncodingBank
-from eval.evaluate import evaluate
-from eval.latency import measure
-from eval.policies import load_planner
-from eval.tune import GRID, baseline_of, best_settings, read_grid
-from policies.static import STATIC
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones import EncodingBank
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.latency import measure
+from maskgym.eval.policies import load_planner
+from maskgym.eval.tune import GRID, baseline_of, best_settings, read_grid
+from maskgym.policies.static import STATIC
 from tests.conftest import command
 
 
@@ -90,7 +90,7 @@ def test_tuning_names_the_best_setting_of_each_baseline(monkeypatch, place, tmp_
     settings = ["stride", "stride@merge", "fastv:k=1", "fastv:k=2", "fastv:k=7", "--budgets", "0.9", "0.95"]
     written = run(monkeypatch, place, tmp_path, "tune", *settings, "--split", "test")[0]
     printed = capsys.readouterr().out
-    assert "fastv:k=7 is left out: fastv: k is 7" in printed and "best: python -m eval run" in printed
+    assert "fastv:k=7 is left out: fastv: k is 7" in printed and "best: python -m maskgym.eval run" in printed
     assert set(written["best"]) == {"stride", "fastv"} and len(written["records"]["stride@merge"]) == 2
     for baseline, setting in written["best"].items():
         own = {

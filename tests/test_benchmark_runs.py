@@ -7,16 +7,16 @@ import datasets
 import pyarrow as pa
 import pytest
 
-import eval.__main__ as eval_main
-import train_gumbel
-import train_rl
-from backbones import EncodingBank
-from envs import MaskingCore, load_queries
-from envs.benchmarks import reading
-from eval.bench_data import write_vqav2
-from eval.evaluate import evaluate, outcomes
-from eval.report import tables
-from policies.baselines import FullPlanner
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import EncodingBank
+from maskgym.envs import MaskingCore, load_queries
+from maskgym.envs.benchmarks import reading
+from maskgym.eval.bench_data import write_vqav2
+from maskgym.eval.evaluate import evaluate, outcomes
+from maskgym.eval.report import tables
+from maskgym.policies.baselines import FullPlanner
 from tests import benchmark_files
 from tests.conftest import command
 

@@ -7,13 +7,13 @@ import datasets
 import numpy as np
 import pytest
 
-from backbones import InputError
-from envs import load_queries
-from envs.answer_length import answer_cut
-from envs.benchmarks import reading
-from envs.benchmarks.metrics import MME_SUBTASKS
-from envs.benchmarks.parsing import exact, mmbench_says, mme_says, pope_says, scienceqa_says
-from envs.scoring import reference, score
+from maskgym.backbones import InputError
+from maskgym.envs import load_queries
+from maskgym.envs.answer_length import answer_cut
+from maskgym.envs.benchmarks import reading
+from maskgym.envs.benchmarks.metrics import MME_SUBTASKS
+from maskgym.envs.benchmarks.parsing import exact, mmbench_says, mme_says, pope_says, scienceqa_says
+from maskgym.envs.scoring import reference, score
 from tests import benchmark_files
 from tests.benchmark_files import picture
 

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError, Masks
-from backbones.latency_model import LatencyModel
-from backbones.survivors import POSITIONS
-from eval.policies import load_planner, load_planners, with_layout
-from policies.baselines import RandomPlanner, notes_of, signals_of
-from policies.chain import ATTEMPTS, ChainPlanner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.keep import KeepPlanner
-from policies.layout import LaidOutPlanner
-from policies.learned import ControllerPlanner
-from policies.milliseconds import MillisecondPlanner
-from policies.projection import budget_flops
-from policies.static.inside import FastVPlanner
+from maskgym.backbones import EncodingBank, InputError, Masks
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.survivors import POSITIONS
+from maskgym.eval.policies import load_planner, load_planners, with_layout
+from maskgym.policies.baselines import RandomPlanner, notes_of, signals_of
+from maskgym.policies.chain import ATTEMPTS, ChainPlanner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.keep import KeepPlanner
+from maskgym.policies.layout import LaidOutPlanner
+from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.projection import budget_flops
+from maskgym.policies.static.inside import FastVPlanner
 
 ROWS = [0, 1, 2, 3, 6, 7]
 BUDGETS = torch.tensor([0.45, 0.5, 0.6, 0.7, 0.8, 0.5], dtype=torch.float64)

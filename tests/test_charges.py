@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError
-from backbones.latency_model import LatencyModel
-from eval.policies import load_planner
-from policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
-from policies.baselines import signals_of
-from policies.chain import THEN, ChainPlanner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.layout import LaidOutPlanner
-from policies.learned import ControllerPlanner
-from policies.milliseconds import MillisecondPlanner
-from policies.replies import Planned
-from policies.static.searched import SearchedOrder
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.eval.policies import load_planner
+from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
+from maskgym.policies.baselines import signals_of
+from maskgym.policies.chain import THEN, ChainPlanner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.layout import LaidOutPlanner
+from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.replies import Planned
+from maskgym.policies.static.searched import SearchedOrder
 from tests.conftest import build, slow_but
 from tests.test_cost import counted
 

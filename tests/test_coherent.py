@@ -2,10 +2,10 @@
 
 import torch
 
-from backbones import EncodingBank
-from policies import coherent
-from policies.baselines import random_waits
-from policies.coherent import reorder_tokens
+from maskgym.backbones import EncodingBank
+from maskgym.policies import coherent
+from maskgym.policies.baselines import random_waits
+from maskgym.policies.coherent import reorder_tokens
 
 
 def waits_of(small, source, rows, monkeypatch=None, kind=None):

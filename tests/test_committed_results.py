@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backbones import EncodingBank
-from envs import load_queries
-from eval.evaluate import outcomes_met
-from eval.experiment.arms import EXPERIMENTS, Prepared
-from eval.experiment.cells import fill, lay_out
-from eval.experiment.claims import answers, pairs
-from eval.experiment.summary import collect, comparisons, estimates, images_of
-from eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table
-from eval.policies import load_planner
+from maskgym.backbones import EncodingBank
+from maskgym.envs import load_queries
+from maskgym.eval.evaluate import outcomes_met
+from maskgym.eval.experiment.arms import EXPERIMENTS, Prepared
+from maskgym.eval.experiment.cells import fill, lay_out
+from maskgym.eval.experiment.claims import answers, pairs
+from maskgym.eval.experiment.summary import collect, comparisons, estimates, images_of
+from maskgym.eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table
+from maskgym.eval.policies import load_planner
 
 ROOT = Path(__file__).parent.parent
 REPORTS = sorted(file.parent for file in ROOT.glob("results/*/*/tables.md"))

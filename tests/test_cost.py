@@ -5,18 +5,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import EncodingBank
-from backbones.cost import DecoderShape, clip_tower_flops, mlp_flops
-from backbones.masks import MaskLayout
-from backbones.published_cost import (
+from maskgym.backbones import EncodingBank
+from maskgym.backbones.cost import DecoderShape, clip_tower_flops, mlp_flops
+from maskgym.backbones.masks import MaskLayout
+from maskgym.backbones.published_cost import (
     adallava_layer_share,
     adallava_prefill_flops,
     fastv_layer_macs,
     fastv_mean_layer_macs,
 )
-from envs.queries import load_queries
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.decisions import Decider
+from maskgym.envs.queries import load_queries
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.decisions import Decider
 from tests.conftest import random_masks
 
 

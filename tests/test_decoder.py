@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from backbones import InputError
-from backbones.blocks import cut_blocks
-from backbones.decoder import MaskedDecoder
+from maskgym.backbones import InputError
+from maskgym.backbones.blocks import cut_blocks
+from maskgym.backbones.decoder import MaskedDecoder
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 
@@ -158,7 +158,7 @@ def test_slots_and_width_are_checked(small):
 
 
 def test_masks_of_another_layout_are_refused(small, source):
-    from backbones import MaskLayout
+    from maskgym.backbones import MaskLayout
 
     encoding = small.encode([source[0]])
     with pytest.raises(InputError, match=r"the masks are for \(queries, visual tokens\) \(1, 9\)"):

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import eval.__main__ as eval_main
-from backbones.encoding import Query
-from backbones.errors import InputError
-from eval.demo.comparison import Comparison
-from eval.demo.uploads import uploaded_query
-from eval.plan_pictures import plan_png
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.errors import InputError
+from maskgym.eval.demo.comparison import Comparison
+from maskgym.eval.demo.uploads import uploaded_query
+from maskgym.eval.plan_pictures import plan_png
 from tests.browser import CHROMIUM, browser
 from tests.conftest import command
 
@@ -42,7 +42,7 @@ def address(place, tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("demo") / "log"
     options = ["--backbone", "tiny", "--data", place / "data", "--port", port, "--upload-megabytes", 1]
-    line = [sys.executable, "-m", "eval", "demo", "even", *options, "--upload-megapixels", 0.25]
+    line = [sys.executable, "-m", "maskgym.eval", "demo", "even", *options, "--upload-megapixels", 0.25]
     with log.open("w") as output:
         server = subprocess.Popen([*map(str, line)], cwd=ROOT, stdout=output, stderr=output)
     try:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from eval.runs import RunFolder
-from policies.controller import TwoLevelController
-from policies.learned import save_controller
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.controller import TwoLevelController
+from maskgym.policies.learned import save_controller
+from maskgym.training.rl import RLConfig
 from tests.pages import ALL, PAGES, ROOT, Wrong, blocks, check, check_links, commands
-from train_rl import RLConfig
 
 
 @pytest.fixture
@@ -58,20 +58,23 @@ BAD = {
     "value": (BASH.format("python train_gumbel.py --estimator guess"), "estimator"),
     "value that a check refuses": (BASH.format("python train_rl.py --envs 0"), "must be at least 1"),
     "continued line": (BASH.format("python train_rl.py \\\n    --no-such-option 1"), "no-such-option"),
-    "second command": (BASH.format("pytest && python -m eval run full --no-such-option"), "no-such-option"),
-    "subcommand": (BASH.format("python -m eval guess"), "guess"),
-    "missing argument": (BASH.format("python -m eval search-static"), "--out"),
-    "policy": (BASH.format("python -m eval run full fast"), "unknown policy 'fast'"),
+    "second command": (BASH.format("pytest && python -m maskgym.eval run full --no-such-option"), "no-such-option"),
+    "subcommand": (BASH.format("python -m maskgym.eval guess"), "guess"),
+    "missing argument": (BASH.format("python -m maskgym.eval search-static"), "--out"),
+    "policy": (BASH.format("python -m maskgym.eval run full fast"), "unknown policy 'fast'"),
     "model_args": (
         BASH.format("lmms-eval --model maskgym --model_args pretrained=runs/a,budgets=1 --tasks mme"),
         "budgets",
     ),
-    "option of a policy": (BASH.format("python -m eval run fastv:depth=2"), "depth"),
+    "option of a policy": (BASH.format("python -m maskgym.eval run fastv:depth=2"), "depth"),
     "reward": (BASH.format("python train_rl.py --reward accuracy -0.3*flop"), "unknown reward 'flop'"),
     "reward of a file not written": (BASH.format("python train_rl.py --reward my_rewards:thrifty"), "my_rewards"),
     "data": (BASH.format("python train_rl.py --data easy"), "'easy' is no name"),
     "option of data": (BASH.format("python train_rl.py --data scenes:width=3"), "width"),
-    "arm": (BASH.format("python -m eval experiment training --out runs/x --arms rl guess"), r"no arms \['guess'\]"),
+    "arm": (
+        BASH.format("python -m maskgym.eval experiment training --out runs/x --arms rl guess"),
+        r"no arms \['guess'\]",
+    ),
     "program": (BASH.format("maskgym run"), "no command that is known"),
     "extra": (BASH.format('pip install -e ".[guess]"'), "extras"),
     "target": (BASH.format("make guess"), "make has the targets"),
@@ -82,23 +85,23 @@ BAD = {
     "planner that fails": (
         "```python title=\"guess.py\"\nclass Guess:\n    name, budgeted = 'guess', True\n\n"
         "    def __init__(self, backbone, seed=0):\n        pass\n```\n\n"
-        + BASH.format("python -m eval run guess:Guess"),
+        + BASH.format("python -m maskgym.eval run guess:Guess"),
         "without 'plan'",
     ),
-    "budget that none meets": (BASH.format("python -m eval run stride --budgets 0.001"), "least budget"),
+    "budget that none meets": (BASH.format("python -m maskgym.eval run stride --budgets 0.001"), "least budget"),
     "module": ('```python title="guess.py"\nimport nowhere_at_all\n```', "nowhere_at_all"),
     "option in text": ("Give `--no-such-option 3`.", "no option --no-such-option"),
     "option of another in text": (
         "`python train_gumbel.py --plans-per-query 4` does it.",
         "no option --plans-per-query",
     ),
-    "subcommand in text": ("`python -m eval guess` does it.", "eval has the commands"),
+    "subcommand in text": ("`python -m maskgym.eval guess` does it.", "eval has the commands"),
 }
 """Pages, and what is said of them."""
 GOOD = {
     "program": BASH.format("pytest && make check"),
     "option": BASH.format("python train_rl.py --plans-per-query 4 --no-fit"),
-    "policy": BASH.format("python -m eval run full fastv:k=2 'prumerge+ then runs/any' --data path/to/it"),
+    "policy": BASH.format("python -m maskgym.eval run full fastv:k=2 'prumerge+ then runs/any' --data path/to/it"),
     "text": "`python train_rl.py --plans-per-query 4`, `--resume`, `eval run`",
     "code": "```python\nearlier = 1\n```\n\n```python\nassert earlier\n```",
     "module": '```python title="guess.py"\nx = 1\n```\n\n```python\nfrom guess import x\n```',

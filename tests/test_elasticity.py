@@ -8,16 +8,16 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
-import eval.__main__ as eval_main
-from backbones import EncodingBank, InputError
-from backbones.masks import AXES
-from envs import load_queries
-from envs.queries import DatasetQueries
-from envs.scene_sentences import SENTENCE_ASKERS
-from envs.scenes_long import SHORT_ASKERS
-from eval.elasticity import accuracy_by_axis, accuracy_by_kind, axes_table, kinds_table, room_for_choice
-from eval.question_only import question_only_accuracy
-from policies.baselines import BASELINES, random_plans
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.backbones.masks import AXES
+from maskgym.envs import load_queries
+from maskgym.envs.queries import DatasetQueries
+from maskgym.envs.scene_sentences import SENTENCE_ASKERS
+from maskgym.envs.scenes_long import SHORT_ASKERS
+from maskgym.eval.elasticity import accuracy_by_axis, accuracy_by_kind, axes_table, kinds_table, room_for_choice
+from maskgym.eval.question_only import question_only_accuracy
+from maskgym.policies.baselines import BASELINES, random_plans
 from tests.conftest import command, make_dataset
 
 

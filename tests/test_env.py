@@ -10,9 +10,9 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 
 import maskgym  # noqa: F401  registers the environment
-from backbones import InputError
-from envs import MaskingCore, MaskingEnv, MaskingVecEnv, MaskingVectorEnv
-from envs.core import Slots
+from maskgym.backbones import InputError
+from maskgym.envs import MaskingCore, MaskingEnv, MaskingVecEnv, MaskingVectorEnv
+from maskgym.envs.core import Slots
 
 
 def options(small, source, **more):

@@ -1,4 +1,4 @@
-"""``python -m eval run`` with times and limits in milliseconds, and ``python -m eval latency``."""
+"""``python -m maskgym.eval run`` with times and limits in milliseconds, and ``python -m maskgym.eval latency``."""
 
 import json
 
@@ -6,12 +6,12 @@ import datasets
 import pytest
 import torch
 
-import eval.__main__ as eval_main
-from backbones import EncodingBank, load_backbone
-from backbones.latency_model import LatencyModel
-from envs.queries import DatasetQueries
-from eval.latency import device_name
-from eval.timing import first_queries
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones import EncodingBank, load_backbone
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval.latency import device_name
+from maskgym.eval.timing import first_queries
 from tests.conftest import command, make_dataset
 
 WEIGHTS = (0.5, 0.2, 1.0, 30.0, 50.0)
@@ -99,7 +99,7 @@ def test_latency_measures_and_calibrates(monkeypatch, place, tmp_path, capsys):
 
 
 BAD = [
-    ("run random --milliseconds 2.5", "needs --latency-model FILE; make one with: python -m eval latency"),
+    ("run random --milliseconds 2.5", "needs --latency-model FILE; make one with: python -m maskgym.eval latency"),
     ("run random --latency-model {file}", "--latency-model serves --milliseconds; give limits too"),
     ("run random --milliseconds 2.5 --latency-model nowhere.json", "no readable latency model in 'nowhere.json'"),
     ("run random --milliseconds 0 --latency-model {file}", "a budget of 0 ms is no time"),
@@ -132,4 +132,4 @@ def test_latency_models_of_elsewhere_are_refused(monkeypatch, place, latency_fil
         run(monkeypatch, place, latency_file.parent, "random", "--milliseconds", "2", "--latency-model", latency_file)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and repr(next(iter(change.values()))) in error
-    assert f"calibrate here with python -m eval latency --backbone {place / 'vlm'}" in error
+    assert f"calibrate here with python -m maskgym.eval latency --backbone {place / 'vlm'}" in error

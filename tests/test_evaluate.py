@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from backbones import EncodingBank
-from eval.bench import bench_table, entry
-from eval.evaluate import evaluate
-from eval.report import plot_tradeoff, plot_training, table
-from policies.baselines import FullPlanner, RandomPlanner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner
+from maskgym.backbones import EncodingBank
+from maskgym.eval.bench import bench_table, entry
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.report import plot_tradeoff, plot_training, table
+from maskgym.policies.baselines import FullPlanner, RandomPlanner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import ControllerPlanner
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from backbones import EncodingBank
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.even import EvenPlanner, even_order
-from policies.learned import ControllerPlanner
+from maskgym.backbones import EncodingBank
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.even import EvenPlanner, even_order
+from maskgym.policies.learned import ControllerPlanner
 
 
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75])

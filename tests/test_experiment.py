@@ -12,17 +12,17 @@ import pytest
 import wandb
 from scipy.stats import ttest_rel
 
-import eval.__main__ as eval_main
-from backbones import EncodingBank, InputError, load_backbone
-from envs import load_queries
-from eval.evaluate import evaluate
-from eval.experiment import arms, command, pictures
-from eval.experiment import cells as cells_module
-from eval.experiment.arms import Arm, Prepared, relaxed
-from eval.experiment.cells import Cell, attempt, fill, lay_out
-from eval.experiment.claims import ASKED, answers, pairs, remarks
-from eval.experiment.report import Report
-from eval.experiment.statistics import (
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones import EncodingBank, InputError, load_backbone
+from maskgym.envs import load_queries
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.experiment import arms, command, pictures
+from maskgym.eval.experiment import cells as cells_module
+from maskgym.eval.experiment.arms import Arm, Prepared, relaxed
+from maskgym.eval.experiment.cells import Cell, attempt, fill, lay_out
+from maskgym.eval.experiment.claims import ASKED, answers, pairs, remarks
+from maskgym.eval.experiment.report import Report
+from maskgym.eval.experiment.statistics import (
     Estimate,
     Pair,
     area_under_curve,
@@ -35,11 +35,11 @@ from eval.experiment.statistics import (
     show_p,
     standard_error,
 )
-from eval.experiment.summary import ArmResult, by_kind, collect, comparisons, estimates, gaps, images_of, ranked
-from eval.experiment.tables import accuracy_table, comparison_table, cost_table
-from eval.plan_pictures import darkened
-from eval.policies import load_planner
-from eval.timing import add_timing
+from maskgym.eval.experiment.summary import ArmResult, by_kind, collect, comparisons, estimates, gaps, images_of, ranked
+from maskgym.eval.experiment.tables import accuracy_table, comparison_table, cost_table
+from maskgym.eval.plan_pictures import darkened
+from maskgym.eval.policies import load_planner
+from maskgym.eval.timing import add_timing
 from tests.browser import CHROMIUM, QUIET
 from tests.conftest import command as run_command
 from tests.conftest import make_dataset

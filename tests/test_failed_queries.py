@@ -13,17 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-import eval.__main__ as eval_main
-import train_backbone
-import train_gumbel
-import train_rl
-from backbones import EncodingBank, InputError
-from backbones.left_out import FEW, LeftOut
-from envs import MaskingCore, MaskingEnv, MaskingVecEnv, MaskingVectorEnv
-from envs.core import Slots
-from envs.queries import DatasetQueries, load_queries
-from eval.evaluate import evaluate
-from policies.baselines import FullPlanner, RandomPlanner
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.backbone as train_backbone
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.backbones.left_out import FEW, LeftOut
+from maskgym.envs import MaskingCore, MaskingEnv, MaskingVecEnv, MaskingVectorEnv
+from maskgym.envs.core import Slots
+from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.eval.evaluate import evaluate
+from maskgym.policies.baselines import FullPlanner, RandomPlanner
 from tests.conftest import build_of, command, make_dataset
 from tests.refusals import said
 from tests.test_queries import CountingEncoder

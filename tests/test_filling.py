@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from policies.filling import fill
+from maskgym.policies.filling import fill
 
 ROWS, UNITS = 64, 94
 

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from backbones.fingerprint import SAMPLE, fingerprint
+from maskgym.backbones.fingerprint import SAMPLE, fingerprint
 from tests.conftest import build
 
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backbones.atomic import write_atomically
-from backbones.latency_model import FEATURES, LatencyModel
-from backbones.naming import parse_options
-from backbones.plain_files import read_records
-from envs import WeightedReward
-from envs.benchmarks.reading import json_entries, json_lines
-from eval import cli
-from eval.policies import split_variants
-from eval.runs import RunFolder
-from policies.static.searched import SearchedOrder
+from maskgym.backbones.atomic import write_atomically
+from maskgym.backbones.latency_model import FEATURES, LatencyModel
+from maskgym.backbones.naming import parse_options
+from maskgym.backbones.plain_files import read_records
+from maskgym.envs import WeightedReward
+from maskgym.envs.benchmarks.reading import json_entries, json_lines
+from maskgym.eval import cli
+from maskgym.eval.policies import split_variants
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.static.searched import SearchedOrder
+from maskgym.training.rl import RLConfig
 from tests import fuzz
-from train_rl import RLConfig
 
 pytestmark = pytest.mark.slow
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backbones import Backbone, InputError, Masks, load_backbone
-from backbones.executed import executed_answer_logits
-from backbones.families.llava import LlavaFamily
-from backbones.small import build_small
-from backbones.survivors import RESTORED, Survivors
-from envs import scenes_long
-from envs.scenes import PALETTE
-from policies.grow.__main__ import main
-from policies.grow.dense import MATRICES, DenseDecoder
-from policies.grow.lessons import WORDS
-from policies.grow.model import Grown, Vision
-from policies.grow.plans import Pool, choose_tokens, gates_of, lay_out
-from policies.grow.stream import FINE, GRID, PADDING, Pieces, Stream, collate, lesson
+from maskgym.backbones import Backbone, InputError, Masks, load_backbone
+from maskgym.backbones.executed import executed_answer_logits
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.small import build_small
+from maskgym.backbones.survivors import RESTORED, Survivors
+from maskgym.envs import scenes_long
+from maskgym.envs.scenes import PALETTE
+from maskgym.policies.grow.__main__ import main
+from maskgym.policies.grow.dense import MATRICES, DenseDecoder
+from maskgym.policies.grow.lessons import WORDS
+from maskgym.policies.grow.model import Grown, Vision
+from maskgym.policies.grow.plans import Pool, choose_tokens, gates_of, lay_out
+from maskgym.policies.grow.stream import FINE, GRID, PADDING, Pieces, Stream, collate, lesson
 from tests.smollm2 import MLP, put_package
 
 QUESTIONS, ROOM = 4, 2000
@@ -225,7 +225,7 @@ def test_the_phases_make_a_backbone(planned):
         (["--plain-share", "2"], r"--plain-share is 2.0; it must be between 0 and 1"),
         (["--pool", "100"], r"--pool is 100; it must be a multiple of 128"),
         (["--device", "cuda"], r"--device is cuda, which is not there"),
-        (["--device", "cpu"], r"has no pools of plans yet; first: python -m policies.grow plans"),
+        (["--device", "cpu"], r"has no pools of plans yet; first: python -m maskgym.policies.grow plans"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments, said, tmp_path):

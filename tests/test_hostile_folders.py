@@ -19,23 +19,23 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-import eval.__main__ as eval_main
-import eval.policies as eval_policies
-import train_rl
-from backbones import InputError, load_backbone
-from backbones.images import read_image
-from backbones.latency_model import LatencyModel
-from backbones.time_limit import within
-from envs import load_queries
-from eval.cli import parse
-from eval.experiment.arms import Arm
-from eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
-from eval.experiment.command import Experiment
-from eval.policies import load_planner
-from eval.runs import RunFolder
+import maskgym.eval.__main__ as eval_main
+import maskgym.eval.policies as eval_policies
+import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
-from policies.checkpoints import load_checkpoint, save_checkpoint
-from policies.static.searched import SearchedOrder
+from maskgym.backbones import InputError, load_backbone
+from maskgym.backbones.images import read_image
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.backbones.time_limit import within
+from maskgym.envs import load_queries
+from maskgym.eval.cli import parse
+from maskgym.eval.experiment.arms import Arm
+from maskgym.eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
+from maskgym.eval.experiment.command import Experiment
+from maskgym.eval.policies import load_planner
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
+from maskgym.policies.static.searched import SearchedOrder
 from tests.conftest import build, command
 from tests.hostile import Witness, a_run, claimed_png, edit, refused
 from tests.local_hub import local_hub
@@ -161,7 +161,7 @@ def test_no_data_are_unpickled(witness, place, tmp_path, monkeypatch, kind):
 
 def test_checkpoints_of_the_trainer_do_not_run_code(witness, place, tmp_path, monkeypatch):
     """Those of Hugging Face's trainer are read by torch without what could run."""
-    import train_backbone
+    import maskgym.training.backbone as train_backbone
 
     options = f"--data {place / 'data'} --images 2 --questions 1 --warmup 0 --out {tmp_path / 'out'} --validate-every 1"
     tune = f"--backbone {place / 'vlm'} {options}"
@@ -251,7 +251,7 @@ def test_hub_repositories_bring_none_either(witness, place, vlm, tmp_path):
     pickled = {name: content for name, content in files.items() if name != "model.safetensors"}
     program = """
 import sys
-from backbones import InputError, load_backbone
+from maskgym.backbones import InputError, load_backbone
 print(load_backbone("me/plain").layout.tokens)
 for place in ("me/coded", "me/pickled"):
     try:

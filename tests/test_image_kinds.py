@@ -12,12 +12,12 @@ from datasets import Array2D, Array3D, Features, List, Value
 from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
-from backbones import InputError
-from backbones.encoding import Query
-from backbones.images import read_image
-from envs.queries import DatasetQueries
-from eval.demo.uploads import uploaded_query
 from maskgym.adaptive import _queries
+from maskgym.backbones import InputError
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.images import read_image
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval.demo.uploads import uploaded_query
 from maskgym.lmms.requests import Request
 from tests.test_bad_data import drawn, encoded
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from backbones import InputError
-from backbones.latency_model import FEATURES, LatencyModel, plan_features
-from eval.bench_engine import plan_at
-from eval.bench_first_token import first_token_figures
-from eval.bench_shapes import CLIP_LARGE, VICUNA_7B, encode_noise, llava_7b, llava_like
-from eval.latency import Spread, calibrate, measure
-from policies.baselines import FullPlanner, RandomPlanner
+from maskgym.backbones import InputError
+from maskgym.backbones.latency_model import FEATURES, LatencyModel, plan_features
+from maskgym.eval.bench_engine import plan_at
+from maskgym.eval.bench_first_token import first_token_figures
+from maskgym.eval.bench_shapes import CLIP_LARGE, VICUNA_7B, encode_noise, llava_7b, llava_like
+from maskgym.eval.latency import Spread, calibrate, measure
+from maskgym.policies.baselines import FullPlanner, RandomPlanner
 from tests.conftest import random_masks
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import policies.controller
-from backbones import EncodingBank
+import maskgym.policies.controller
+from maskgym.backbones import EncodingBank
 from tests.test_policy import make_ppo
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_an_untrained_controller_fails_it(small, source):
 
 def test_a_controller_that_cannot_see_its_budget_fails_it(small, source, monkeypatch):
     def blind(share):
-        return torch.zeros(len(share), policies.controller.SHARE_FEATURES)
+        return torch.zeros(len(share), maskgym.policies.controller.SHARE_FEATURES)
 
-    monkeypatch.setattr(policies.controller, "share_features", blind)
+    monkeypatch.setattr(maskgym.policies.controller, "share_features", blind)
     assert score(small, source, PLANS) < THRESHOLD

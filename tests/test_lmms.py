@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones.errors import InputError
-from envs.side_by_side import side_by_side
 from maskgym import AdaptiveVLM
+from maskgym.backbones.errors import InputError
+from maskgym.envs.side_by_side import side_by_side
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.requests import Request
 from maskgym.lmms.throughput import throughput
-from policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from tests.conftest import build, make_dataset
 
 ROOT = Path(__file__).parent.parent

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import BertConfig, LlamaConfig
 
-from backbones import InputError, load_backbone
-from backbones.backbone import Backbone
-from backbones.families import FAMILIES
+from maskgym.backbones import InputError, load_backbone
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.families import FAMILIES
 from tests.families import BUILDERS, build_family
 
 
@@ -110,8 +110,8 @@ def test_unreadable_configs_and_weights_of_another_model_are_named(tmp_path, fol
 def test_tiny_loads_with_plain_transformers():
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from backbones.tiny import TINY_FOLDER
-    from envs.queries import load_queries
+    from maskgym.backbones.tiny import TINY_FOLDER
+    from maskgym.envs.queries import load_queries
 
     model = AutoModelForImageTextToText.from_pretrained(TINY_FOLDER).eval()
     processor = AutoProcessor.from_pretrained(TINY_FOLDER)

@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-import eval.__main__ as eval_main
-import train_rl
-from backbones import InputError
-from envs import MaskingCore, MaskingEnv
-from eval import cli
-from eval.runs import RunFolder
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
-from policies import ControllerConfig, TwoLevelController
+from maskgym.backbones import InputError
+from maskgym.envs import MaskingCore, MaskingEnv
+from maskgym.eval import cli
+from maskgym.eval.runs import RunFolder
+from maskgym.policies import ControllerConfig, TwoLevelController
 from tests.conftest import build, command, make_dataset
 from tests.refusals import PROGRAMS
 from tests.test_runs import Options
@@ -165,8 +165,9 @@ def test_what_an_encoding_has_not_is_escaped(monkeypatch):
 
 SESSION = """
 import json, sys
-import eval.__main__ as evaluation, train_rl
-from eval import cli
+import maskgym.eval.__main__ as evaluation
+import maskgym.training.rl as train_rl
+from maskgym.eval import cli
 for program, arguments, status in json.loads(sys.argv[1]):
     sys.argv = [program, *arguments]
     try:

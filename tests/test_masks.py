@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from backbones import InputError, MaskLayout
+from maskgym.backbones import InputError, MaskLayout
 
 LAYOUT = MaskLayout(tokens=3, layers=2, heads=2)
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError
-from backbones.latency_model import LatencyModel
-from eval.evaluate import evaluate
-from eval.report import table
-from policies.baselines import FullPlanner, RandomPlanner
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.learned import ControllerPlanner
-from policies.milliseconds import ATTEMPTS, MillisecondPlanner
-from policies.projection import least_share, project
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.backbones.latency_model import LatencyModel
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.report import table
+from maskgym.policies.baselines import FullPlanner, RandomPlanner
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.milliseconds import ATTEMPTS, MillisecondPlanner
+from maskgym.policies.projection import least_share, project
 from tests.conftest import build
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train_backbone
-import train_gumbel
-import train_rl
-from backbones import EncodingBank, InputError, load_backbone
-from backbones.finite import check_finite, refuse_bad_gradients
-from envs.core import MaskingCore
-from eval.determinism import deterministic
-from policies.checkpoints import load_checkpoint
-from policies.muon import MuonAdamW
+import maskgym.training.backbone as train_backbone
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import EncodingBank, InputError, load_backbone
+from maskgym.backbones.finite import check_finite, refuse_bad_gradients
+from maskgym.envs.core import MaskingCore
+from maskgym.eval.determinism import deterministic
+from maskgym.policies.checkpoints import load_checkpoint
+from maskgym.policies.muon import MuonAdamW
 from tests.conftest import command, random_masks
 from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_gumbel import train as train_by_relaxation

@@ -12,17 +12,17 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
-from backbones import Backbone, EncodingBank, InputError, MaskLayout
-from backbones.families.llava import LlavaFamily
-from backbones.masks import AXES
-from backbones.tiny import build_tiny
-from envs import MaskingCore, MaskingVecEnv
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.decisions import Decider
-from policies.group_buffer import GroupRolloutBuffer
-from policies.learned import ControllerPlanner, load_controller, save_controller
-from policies.projection import budget_flops
-from policies.sb3_policy import RATIOS, FittedVecEnv, TwoLevelPolicy, ratio_sizes
+from maskgym.backbones import Backbone, EncodingBank, InputError, MaskLayout
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.masks import AXES
+from maskgym.backbones.tiny import build_tiny
+from maskgym.envs import MaskingCore, MaskingVecEnv
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.decisions import Decider
+from maskgym.policies.group_buffer import GroupRolloutBuffer
+from maskgym.policies.learned import ControllerPlanner, load_controller, save_controller
+from maskgym.policies.projection import budget_flops
+from maskgym.policies.sb3_policy import RATIOS, FittedVecEnv, TwoLevelPolicy, ratio_sizes
 from tests.conftest import WORDS, make_dataset
 
 
@@ -90,7 +90,7 @@ def test_joint_probabilities_sum_to_one_over_all_actions(smallest, rule):
 
 
 def some_queries():
-    from envs.queries import DatasetQueries
+    from maskgym.envs.queries import DatasetQueries
 
     return DatasetQueries(make_dataset(4), "made", "train")
 

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError
-from envs.queries import DatasetQueries
-from policies.baselines import FullPlanner, RandomPlanner, random_plans
-from policies.projection import budget_flops, least_share, project
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.envs.queries import DatasetQueries
+from maskgym.policies.baselines import FullPlanner, RandomPlanner, random_plans
+from maskgym.policies.projection import budget_flops, least_share, project
 from tests.conftest import make_dataset, random_masks
 
 

@@ -4,8 +4,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from backbones import EncodingBank, InputError
-from envs.queries import DatasetQueries, load_queries
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.envs.queries import DatasetQueries, load_queries
 from tests.conftest import build, make_dataset
 
 

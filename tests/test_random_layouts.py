@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from backbones import Backbone
-from backbones.families.llava import LlavaFamily
-from backbones.tiny import build_tiny
+from maskgym.backbones import Backbone
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.tiny import build_tiny
 from tests.conftest import WORDS, make_dataset, random_masks
 from tests.masked_reference import masked_logits
 from tests.test_cost import counted

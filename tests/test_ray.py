@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import train_rl
-from backbones import load_backbone
-from backbones.errors import InputError
-from envs import MaskingCore
-from envs.core import Slots
-from envs.ray_core import RayCore, check_workers
+import maskgym.training.rl as train_rl
+from maskgym.backbones import load_backbone
+from maskgym.backbones.errors import InputError
+from maskgym.envs import MaskingCore
+from maskgym.envs.core import Slots
+from maskgym.envs.ray_core import RayCore, check_workers
 from tests.conftest import command, make_dataset
 from tests.test_train_rl import OPTIONS, lines
 

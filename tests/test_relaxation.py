@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError
-from backbones.masks import AXES
-from eval.gradients import FixedLogits, gradient_quality, gradient_table, smallest_case
-from policies.controller import ControllerConfig, TwoLevelController
-from policies.decisions import Decider
-from policies.learned import ControllerPlanner
-from policies.projection import budget_flops
-from policies.relaxation import cost_loss, gumbel_straight_through, soft_top_k
-from policies.relaxed_training import RelaxationSettings
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.backbones.masks import AXES
+from maskgym.eval.gradients import FixedLogits, gradient_quality, gradient_table, smallest_case
+from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.decisions import Decider
+from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.projection import budget_flops
+from maskgym.policies.relaxation import cost_loss, gumbel_straight_through, soft_top_k
+from maskgym.policies.relaxed_training import RelaxationSettings
 
 ROWS = 8
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backbones import InputError
-from envs.rewards import RewardTerms, WeightedReward
-from envs.scoring import exact_match, reference, score, vqa_accuracy
+from maskgym.backbones import InputError
+from maskgym.envs.rewards import RewardTerms, WeightedReward
+from maskgym.envs.scoring import exact_match, reference, score, vqa_accuracy
 
 TERMS = RewardTerms(
     accuracy=np.array([1.0, 0.0, 1.0]),

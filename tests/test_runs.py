@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from backbones import InputError
-from backbones.atomic import write_atomically
-from eval.cli import parse
-from eval.evaluate import check_budgets
-from eval.runs import RunFolder, environment
-from policies.checkpoints import load_checkpoint, save_checkpoint
+from maskgym.backbones import InputError
+from maskgym.backbones.atomic import write_atomically
+from maskgym.eval.cli import parse
+from maskgym.eval.evaluate import check_budgets
+from maskgym.eval.runs import RunFolder, environment
+from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
 
 
 @dataclasses.dataclass

@@ -1,16 +1,16 @@
-"""What ``AdaptiveVLM.save_pretrained`` wrote as a policy of ``python -m eval``."""
+"""What ``AdaptiveVLM.save_pretrained`` wrote as a policy of ``python -m maskgym.eval``."""
 
 import json
 import shutil
 
 import pytest
 
-import eval.__main__ as eval_main
-from backbones import load_backbone
-from envs import load_queries
-from eval.demo.comparison import Comparison
-from eval.policies import backbone_of
+import maskgym.eval.__main__ as eval_main
 from maskgym import AdaptiveVLM
+from maskgym.backbones import load_backbone
+from maskgym.envs import load_queries
+from maskgym.eval.demo.comparison import Comparison
+from maskgym.eval.policies import backbone_of
 from tests.conftest import build, command
 from tests.hostile import a_run, edit
 

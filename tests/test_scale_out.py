@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-import eval.__main__ as eval_main
-from eval.scale_out import simulate
+import maskgym.eval.__main__ as eval_main
+from maskgym.eval.scale_out import simulate
 from tests.conftest import command
 
 

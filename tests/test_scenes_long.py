@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones import InputError
-from envs import load_queries, scenes, scenes_long
-from envs.scene_questions import COLORS, SHAPES
-from envs.scene_sentences import CLEAR, SENTENCE_ASKERS
-from envs.scenes_long import LAYOUT, SHORT_ASKERS, ask, scene
+from maskgym.backbones import InputError
+from maskgym.envs import load_queries, scenes, scenes_long
+from maskgym.envs.scene_questions import COLORS, SHAPES
+from maskgym.envs.scene_sentences import CLEAR, SENTENCE_ASKERS
+from maskgym.envs.scenes_long import LAYOUT, SHORT_ASKERS, ask, scene
 from tests.pages import ROOT
 from tests.test_scenes import answer_by_hand
 

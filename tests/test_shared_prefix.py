@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backbones.shared_prefix import answer_logits, can_share
+from maskgym.backbones.shared_prefix import answer_logits, can_share
 from tests.conftest import build_of
 from tests.families import BUILDERS
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from backbones import InputError
-from backbones.backbone import Backbone
-from backbones.encoding import Query
-from eval import cli
-from eval.demo.command import PAGE, Demo, Served
-from eval.demo.comparison import Comparison
-from eval.experiment.claims import Answer
-from eval.experiment.page import Picture, write_page
-from eval.experiment.tables import Table
+from maskgym.backbones import InputError
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Query
+from maskgym.eval import cli
+from maskgym.eval.demo.command import PAGE, Demo, Served
+from maskgym.eval.demo.comparison import Comparison
+from maskgym.eval.experiment.claims import Answer
+from maskgym.eval.experiment.page import Picture, write_page
+from maskgym.eval.experiment.tables import Table
 from tests.conftest import build
 
 SCRIPT = "<script>alert(1)</script>"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import Backbone, InputError, load_backbone, small_cache, smollm2
-from backbones.families.llava import LlavaFamily
-from backbones.query_encoder import QueryEncoder
-from backbones.small import build_small
-from backbones.small_deltas import apply_deltas, delta_files
+from maskgym.backbones import Backbone, InputError, load_backbone, small_cache, smollm2
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.query_encoder import QueryEncoder
+from maskgym.backbones.small import build_small
+from maskgym.backbones.small_deltas import apply_deltas, delta_files
 from tests.smollm2 import LAYERS, asked, projection, put_package, random_deltas, write_deltas
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -282,7 +282,7 @@ def test_what_is_missing_is_said_in_one_line(package, deltas, tmp_path, monkeypa
 def test_adapters_on_it_are_merged_into_it(loaded, shipped, tmp_path):
     from peft import get_peft_model
 
-    from policies.adapters import lora_config, save_model
+    from maskgym.policies.adapters import lora_config, save_model
 
     adapted = get_peft_model(load_backbone(str(shipped)).model, lora_config(loaded, 2))
     for name, weight in adapted.named_parameters():

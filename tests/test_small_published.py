@@ -5,10 +5,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from backbones import Backbone, load_backbone
-from backbones.families.llava import LlavaFamily
-from backbones.loading import EMBEDDED
-from backbones.small import build_small
+from maskgym.backbones import Backbone, load_backbone
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.loading import EMBEDDED
+from maskgym.backbones.small import build_small
 from tests.smollm2 import asked
 
 pytestmark = [

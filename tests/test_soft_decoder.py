@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from backbones.soft_decoder import CEILING, Gates, _GatedSoftmax, soft_answer_logits, soft_llm_flops
+from maskgym.backbones.soft_decoder import CEILING, Gates, _GatedSoftmax, soft_answer_logits, soft_llm_flops
 from tests.conftest import build, random_masks
 
 NUMBERS = [0, 1, 2, 3, 4, 5]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError, Masks
-from backbones.stages import EVERYTHING, AttentionScore, Stage, best_tokens, token_counts
-from policies.projection import project
+from maskgym.backbones import EncodingBank, InputError, Masks
+from maskgym.backbones.stages import EVERYTHING, AttentionScore, Stage, best_tokens, token_counts
+from maskgym.policies.projection import project
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 from tests.test_cost import counted

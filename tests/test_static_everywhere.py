@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError
-from eval.policies import load_planner
-from policies.baselines import BASELINES
-from policies.projection import budget_flops
-from policies.static import STATIC, TOWER_RULES
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.eval.policies import load_planner
+from maskgym.policies.baselines import BASELINES
+from maskgym.policies.projection import budget_flops
+from maskgym.policies.static import STATIC, TOWER_RULES
 from tests.conftest import build, build_of, slow_but
 from tests.families import BUILDERS
 from tests.test_cost import counted

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-import eval.__main__ as eval_main
-from backbones import EncodingBank, InputError
-from eval.policies import load_planner
-from policies.controller import TwoLevelController
-from policies.even import EvenPlanner
-from policies.learned import planner_of
-from policies.projection import budget_flops
-from policies.static.search import SearchSettings, StaticSearch, search_order
-from policies.static.searched import SearchedOrder, SearchedPlanner
+import maskgym.eval.__main__ as eval_main
+from maskgym.backbones import EncodingBank, InputError
+from maskgym.eval.policies import load_planner
+from maskgym.policies.controller import TwoLevelController
+from maskgym.policies.even import EvenPlanner
+from maskgym.policies.learned import planner_of
+from maskgym.policies.projection import budget_flops
+from maskgym.policies.static.search import SearchSettings, StaticSearch, search_order
+from maskgym.policies.static.searched import SearchedOrder, SearchedPlanner
+from maskgym.training.gumbel import GumbelConfig
 from tests.conftest import build, command
-from train_gumbel import GumbelConfig
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,9 @@ def test_a_model_without_protected_layers_keeps_one(source):
 def test_files_are_checked(made, small, tmp_path):
     found, file, _ = made
     assert SearchedOrder.load(file) == SearchedOrder(**{**vars(found), "layout": tuple(found.layout)})
-    with pytest.raises(InputError, match=r"no readable plan in 'nowhere.json' .* python -m eval search-static --out"):
+    with pytest.raises(
+        InputError, match=r"no readable plan in 'nowhere.json' .* python -m maskgym.eval search-static --out"
+    ):
         load_planner("static:plan=nowhere.json", small, 0)
     fields = json.loads(file.read_text())
     for change in ({"layout": [1, 2]}, {"order": "abc"}, {"colour": "red"}):
@@ -125,7 +127,7 @@ def test_the_command_searches_and_its_plan_runs(monkeypatch, place, tmp_path, ca
     options = ["--queries", "4", "--token-groups", "2", "--tries", "2", "--out", out]
     command(monkeypatch, eval_main.main, "search-static", *where, *options)
     printed = capsys.readouterr().out
-    assert "divergence, nats" in printed and f"python -m eval run static:plan={out}" in printed
+    assert "divergence, nats" in printed and f"python -m maskgym.eval run static:plan={out}" in printed
     command(monkeypatch, eval_main.main, "run", f"static:plan={out}", *where, "--budgets", "0.6")
     assert f"static:plan={out}" in capsys.readouterr().out
     for line, words in ((["--queries", "0"], "--queries is 0"), (["--tries", "0"], "--tries is 0")):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backbones import EncodingBank, InputError, Masks
-from backbones.arrange import arrange, group_medians, group_sizes, owners
-from backbones.survivors import POSITIONS, Survivors
+from maskgym.backbones import EncodingBank, InputError, Masks
+from maskgym.backbones.arrange import arrange, group_medians, group_sizes, owners
+from maskgym.backbones.survivors import POSITIONS, Survivors
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 from tests.test_cost import counted

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train_rl
-from backbones import InputError
-from backbones.time_limit import LONGEST_ALARM, TimeLimitError, within
-from envs.rewards import WeightedReward
-from policies.checkpoints import load_checkpoint
+import maskgym.training.rl as train_rl
+from maskgym.backbones import InputError
+from maskgym.backbones.time_limit import LONGEST_ALARM, TimeLimitError, within
+from maskgym.envs.rewards import WeightedReward
+from maskgym.policies.checkpoints import load_checkpoint
 from tests.conftest import command
 from tests.test_rewards import TERMS
 from tests.test_train_rl import train

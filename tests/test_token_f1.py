@@ -2,7 +2,7 @@
 
 import pytest
 
-from envs.scoring import exact_match, token_f1
+from maskgym.envs.scoring import exact_match, token_f1
 
 TABLE = [
     ("red, blue, blue", ("red, blue, blue",), 1),

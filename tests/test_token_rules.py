@@ -6,21 +6,21 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from backbones import EncodingBank
-from backbones.arrange import arrange
-from backbones.cost import DecoderShape
-from backbones.masks import MaskLayout
-from backbones.published_cost import fastv_layer_macs
-from backbones.saliency import Saliency
-from backbones.stages import Stage, token_counts
-from eval.policies import load_planner
-from policies.static.diversity import CDPrunerPlanner, DivPrunePlanner
-from policies.static.inside import FastVPlanner
-from policies.static.plain import evenly_spaced
-from policies.static.progressive import PyramidDropPlanner, SparseVLMPlanner
-from policies.static.prumerge import PruMergePlanner
-from policies.static.restore import RestorePlanner, distinctness
-from policies.static.visionzip import VisionZipPlanner
+from maskgym.backbones import EncodingBank
+from maskgym.backbones.arrange import arrange
+from maskgym.backbones.cost import DecoderShape
+from maskgym.backbones.masks import MaskLayout
+from maskgym.backbones.published_cost import fastv_layer_macs
+from maskgym.backbones.saliency import Saliency
+from maskgym.backbones.stages import Stage, token_counts
+from maskgym.eval.policies import load_planner
+from maskgym.policies.static.diversity import CDPrunerPlanner, DivPrunePlanner
+from maskgym.policies.static.inside import FastVPlanner
+from maskgym.policies.static.plain import evenly_spaced
+from maskgym.policies.static.progressive import PyramidDropPlanner, SparseVLMPlanner
+from maskgym.policies.static.prumerge import PruMergePlanner
+from maskgym.policies.static.restore import RestorePlanner, distinctness
+from maskgym.policies.static.visionzip import VisionZipPlanner
 from tests.conftest import build, build_of
 from tests.masked_reference import masked_logits
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from trl import SFTTrainer
 
-import train_backbone
-from backbones import InputError, load_backbone
-from backbones.loading import load_processor
-from envs.queries import DatasetQueries, load_queries
-from eval.runs import RunFolder
-from policies.elastic import Collator
-from policies.training_queries import TrainingQueries
+import maskgym.training.backbone as train_backbone
+from maskgym.backbones import InputError, load_backbone
+from maskgym.backbones.loading import load_processor
+from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.eval.runs import RunFolder
+from maskgym.policies.elastic import Collator
+from maskgym.policies.training_queries import TrainingQueries
 from tests.conftest import build_of, command, make_dataset
 from tests.families import build_family
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval.__main__ as eval_main
-import train_gumbel
-import train_rl
-from backbones import EncodingBank, load_backbone
-from backbones.survivors import POSITIONS
-from envs import load_queries
-from eval.controller_runs import RunJournal
-from eval.runs import RunFolder
-from eval.tracking import Tracker
-from policies.learned import load_controller, planner_of
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.gumbel as train_gumbel
+import maskgym.training.rl as train_rl
+from maskgym.backbones import EncodingBank, load_backbone
+from maskgym.backbones.survivors import POSITIONS
+from maskgym.envs import load_queries
+from maskgym.eval.controller_runs import RunJournal
+from maskgym.eval.runs import RunFolder
+from maskgym.eval.tracking import Tracker
+from maskgym.policies.learned import load_controller, planner_of
 from tests.conftest import command
 
 OPTIONS = (

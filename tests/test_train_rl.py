@@ -6,10 +6,10 @@ from shutil import copytree
 import pytest
 from safetensors.torch import load_file
 
-import eval.__main__ as eval_main
-import train_rl
-from eval.clock import throughput
-from eval.runs import RunFolder
+import maskgym.eval.__main__ as eval_main
+import maskgym.training.rl as train_rl
+from maskgym.eval.clock import throughput
+from maskgym.eval.runs import RunFolder
 from tests.conftest import command
 from tests.refusals import snapshot
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from envs.accepted import Accepted
-from envs.benchmarks.vqa import (
+from maskgym.envs.accepted import Accepted
+from maskgym.envs.benchmarks.vqa import (
     CONTRACTIONS,
     leave_one_out,
     normalise_vqa,
@@ -13,7 +13,7 @@ from envs.benchmarks.vqa import (
     vizwiz_score,
     vqav2_score,
 )
-from envs.scoring import score
+from maskgym.envs.scoring import score
 
 NORMALISED = [
     # lower case and white space

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from backbones.family import Family
-from backbones.saliency import CLS_FEATURES, CLS_LAST, SIGNALS, Saliency, first_row, hearing, mean_received
+from maskgym.backbones.family import Family
+from maskgym.backbones.saliency import CLS_FEATURES, CLS_LAST, SIGNALS, Saliency, first_row, hearing, mean_received
 
 
 class ClipSaliencyFamily(Family):

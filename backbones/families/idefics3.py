@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.cost import mlp_flops
-from backbones.family import Family
-from backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
+from maskgym.backbones.cost import mlp_flops
+from maskgym.backbones.family import Family
+from maskgym.backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
 
 
 class Idefics3Family(Family):

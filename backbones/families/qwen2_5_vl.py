@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.attention import rotate
-from backbones.cost import mlp_flops
-from backbones.errors import InputError
-from backbones.family import Family
-from backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
+from maskgym.backbones.attention import rotate
+from maskgym.backbones.cost import mlp_flops
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.family import Family
+from maskgym.backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
 
 
 class Qwen25VLFamily(Family):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backbones.errors import InputError
+from maskgym.backbones.errors import InputError
 
 Entry = dict[str, Any]
 Files = Mapping[str, Path]

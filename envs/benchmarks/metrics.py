@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.benchmarks.parsing import exact, pope_says
+from maskgym.envs.benchmarks.parsing import exact, pope_says
 
 Metrics = dict[str, dict[str, float]]
 """By part of the data set, and by metric."""

@@ -7,9 +7,9 @@ import binascii
 from collections.abc import Iterator, Sequence
 from string import ascii_uppercase
 
-from backbones.plain_files import read_json
-from envs.benchmarks.layout import LETTER, Asked, Benchmark, Entry, Files
-from envs.benchmarks.reading import json_entries, tab_separated
+from maskgym.backbones.plain_files import read_json
+from maskgym.envs.benchmarks.layout import LETTER, Asked, Benchmark, Entry, Files
+from maskgym.envs.benchmarks.reading import json_entries, tab_separated
 
 
 def _with_options(context: str, question: str, choices: Sequence[str]) -> str:

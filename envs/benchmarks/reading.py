@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from backbones.errors import InputError
-from backbones.plain_files import parse_json
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.plain_files import parse_json
 
 Entry = dict[str, Any]
 CHUNK = 1 << 20

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from envs.accepted import Accepted
-from envs.benchmarks import metrics, parsing, vqa
-from envs.benchmarks.metrics import Answered, Metrics
+from maskgym.envs.accepted import Accepted
+from maskgym.envs.benchmarks import metrics, parsing, vqa
+from maskgym.envs.benchmarks.metrics import Answered, Metrics
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from backbones.errors import InputError
-from envs.benchmarks.layout import SHORT, Asked, Benchmark, Entry, Files
-from envs.benchmarks.reading import json_entries
+from maskgym.backbones.errors import InputError
+from maskgym.envs.benchmarks.layout import SHORT, Asked, Benchmark, Entry, Files
+from maskgym.envs.benchmarks.reading import json_entries
 
 
 def _said(answers: Iterable[object] | dict[str, Iterable[object]]) -> list[Any]:

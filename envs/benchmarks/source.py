@@ -12,16 +12,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from backbones.errors import InputError
-from backbones.plain_files import MALFORMED
-from envs.benchmarks.layout import Benchmark
-from envs.benchmarks.multiple_choice import MMBENCH, SCIENCEQA
-from envs.benchmarks.short_answers import CLEVR, GQA, TEXTVQA, TEXTVQA_OCR, VIZWIZ, VQAV2
-from envs.benchmarks.true_or_false import MME, NLVR2, POPE
-from envs.cached import cached
-from envs.cells import said, texts
-from envs.columns import replaced, stored
-from envs.local_data import is_saved, named_files, pick_split, unreadable
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.plain_files import MALFORMED
+from maskgym.envs.benchmarks.layout import Benchmark
+from maskgym.envs.benchmarks.multiple_choice import MMBENCH, SCIENCEQA
+from maskgym.envs.benchmarks.short_answers import CLEVR, GQA, TEXTVQA, TEXTVQA_OCR, VIZWIZ, VQAV2
+from maskgym.envs.benchmarks.true_or_false import MME, NLVR2, POPE
+from maskgym.envs.cached import cached
+from maskgym.envs.cells import said, texts
+from maskgym.envs.columns import replaced, stored
+from maskgym.envs.local_data import is_saved, named_files, pick_split, unreadable
 
 VERSION = 2
 """Raised when the same files give other rows than before, so that no cache mixes the two."""

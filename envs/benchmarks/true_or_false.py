@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backbones.errors import InputError
-from envs.benchmarks.layout import SHORT, Asked, Benchmark, Entry, Files
-from envs.benchmarks.metrics import MME_SUBTASKS
-from envs.benchmarks.reading import json_lines
+from maskgym.backbones.errors import InputError
+from maskgym.envs.benchmarks.layout import SHORT, Asked, Benchmark, Entry, Files
+from maskgym.envs.benchmarks.metrics import MME_SUBTASKS
+from maskgym.envs.benchmarks.reading import json_lines
 
 
 def _pope(files: Files, part: str) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""``python -m eval demo``: a page in the browser, by Streamlit."""
+"""``python -m maskgym.eval demo``: a page in the browser, by Streamlit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import tyro
 
-from backbones.encoding import EncodingBank, Query
-from envs import load_queries
-from eval import cli
-from eval.demo.comparison import Comparison
-from eval.policies import backbone_of
-from eval.timing import first_queries
+from maskgym.backbones.encoding import EncodingBank, Query
+from maskgym.envs import load_queries
+from maskgym.eval import cli
+from maskgym.eval.demo.comparison import Comparison
+from maskgym.eval.policies import backbone_of
+from maskgym.eval.timing import first_queries
 
 PAGE = Path(__file__).parent / "page.py"
 
@@ -27,7 +27,7 @@ class Demo(cli.Placement):
     The answer, the tokens kept over the image, heads x layers, FLOPs and time to first token, beside the full model
     and a baseline. Needs the extra demo: pip install 'maskgym[demo]'.
 
-    Example: python -m eval demo runs/first --data easy-vqa
+    Example: python -m maskgym.eval demo runs/first --data easy-vqa
     """
 
     policy: tyro.conf.Positional[str] = "even"

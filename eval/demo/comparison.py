@@ -7,14 +7,14 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from backbones.backbone import Backbone
-from backbones.encoding import Query
-from backbones.errors import InputError
-from eval.latency import measure
-from eval.plan_pictures import plan_png
-from eval.policies import load_planner
-from policies.baselines import BASELINES, Planner
-from policies.replies import Planned, Reply
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.errors import InputError
+from maskgym.eval.latency import measure
+from maskgym.eval.plan_pictures import plan_png
+from maskgym.eval.policies import load_planner
+from maskgym.policies.baselines import BASELINES, Planner
+from maskgym.policies.replies import Planned, Reply
 
 FULL = "full"
 REPEATS, WARM_UP = 3, 1

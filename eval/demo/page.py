@@ -7,13 +7,13 @@ from pathlib import Path
 
 import streamlit as st
 
-from backbones.encoding import Query
-from backbones.errors import InputError
-from envs.scoring import score
-from eval.demo.command import Served
-from eval.demo.comparison import FULL, Side
-from eval.demo.uploads import uploaded_query
-from policies.baselines import Planner
+from maskgym.backbones.encoding import Query
+from maskgym.backbones.errors import InputError
+from maskgym.envs.scoring import score
+from maskgym.eval.demo.command import Served
+from maskgym.eval.demo.comparison import FULL, Side
+from maskgym.eval.demo.uploads import uploaded_query
+from maskgym.policies.baselines import Planner
 
 KINDS = ["png", "jpg", "jpeg", "webp", "bmp", "gif"]
 
@@ -95,5 +95,5 @@ def _show_side(side: Side, query: Query) -> None:
 
 
 if __name__ == "__main__":
-    assert Served.now is not None, "start the page with python -m eval demo"
+    assert Served.now is not None, "start the page with python -m maskgym.eval demo"
     show(Served.now)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.masks import AXES
-from eval.experiment.arms import ADALLAVA, ESTIMATORS, FULL, STATIC_TOKENS, Prepared, untrained
-from eval.experiment.statistics import Comparison, show_p
-from eval.experiment.summary import MOST_LOST, ArmResult, area_of, enumerated, shared_budgets
+from maskgym.backbones.masks import AXES
+from maskgym.eval.experiment.arms import ADALLAVA, ESTIMATORS, FULL, STATIC_TOKENS, Prepared, untrained
+from maskgym.eval.experiment.statistics import Comparison, show_p
+from maskgym.eval.experiment.summary import MOST_LOST, ArmResult, area_of, enumerated, shared_budgets
 
 HALF = 0.5
 """The share of the LLM FLOPs at which the roadmap wants to know what is kept of full accuracy."""

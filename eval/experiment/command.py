@@ -1,4 +1,4 @@
-"""``python -m eval experiment``: train what is missing, evaluate it, and write the report."""
+"""``python -m maskgym.eval experiment``: train what is missing, evaluate it, and write the report."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
-from backbones import Backbone, EncodingBank
-from backbones.atomic import temporary, write_json, write_text
-from backbones.plain_files import MALFORMED, read_json
-from envs import load_queries
-from envs.answer_length import say_cuts
-from envs.queries import DatasetQueries
-from eval import cli
-from eval.answering import Answering
-from eval.evaluate import check_budgets
-from eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
-from eval.experiment.cells import Cell, attempt, lay_out, measure, measure_times, train
-from eval.experiment.jobs import side_by_side
-from eval.experiment.report import Report
-from eval.runs import check_place, environment, make_folder
-from eval.search_static import search
-from eval.tune import GRID, best_settings, evaluate_settings, read_grid
-from policies.static.search import SearchSettings
+from maskgym.backbones import Backbone, EncodingBank
+from maskgym.backbones.atomic import temporary, write_json, write_text
+from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.envs import load_queries
+from maskgym.envs.answer_length import say_cuts
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval import cli
+from maskgym.eval.answering import Answering
+from maskgym.eval.evaluate import check_budgets
+from maskgym.eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
+from maskgym.eval.experiment.cells import Cell, attempt, lay_out, measure, measure_times, train
+from maskgym.eval.experiment.jobs import side_by_side
+from maskgym.eval.experiment.report import Report
+from maskgym.eval.runs import check_place, environment, make_folder
+from maskgym.eval.search_static import search
+from maskgym.eval.tune import GRID, best_settings, evaluate_settings, read_grid
+from maskgym.policies.static.search import SearchSettings
 
 HEAD = "experiment.json"
 SEARCH_QUERIES = 512
@@ -42,7 +42,7 @@ class Experiment(cli.Placement, Answering):
     What is there is not done again, so an experiment that was stopped goes on where it was. A cell that fails is marked
     in the report and tried again by the next call; the others go on. Experiments of one --out share their trainings.
 
-    Example: python -m eval experiment training --data scenes --seeds 0 1 2 --out results/scenes
+    Example: python -m maskgym.eval experiment training --data scenes --seeds 0 1 2 --out results/scenes
     """
 
     name: tyro.conf.Positional[Literal["pruning", "dimensions", "training"]]

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from backbones.atomic import write_text
-from eval.experiment.claims import Answer
-from eval.experiment.tables import Table
+from maskgym.backbones.atomic import write_text
+from maskgym.eval.experiment.claims import Answer
+from maskgym.eval.experiment.tables import Table
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 

@@ -12,12 +12,12 @@ from functools import cached_property
 
 import numpy as np
 
-from backbones.errors import InputError
-from envs.queries import DatasetQueries
-from eval.evaluate import Record
-from eval.experiment.arms import FULL
-from eval.experiment.cells import TIME, Cell
-from eval.experiment.statistics import (
+from maskgym.backbones.errors import InputError
+from maskgym.envs.queries import DatasetQueries
+from maskgym.eval.evaluate import Record
+from maskgym.eval.experiment.arms import FULL
+from maskgym.eval.experiment.cells import TIME, Cell
+from maskgym.eval.experiment.statistics import (
     Comparison,
     Estimate,
     Pair,
@@ -26,7 +26,7 @@ from eval.experiment.statistics import (
     interquartile_mean,
     mean_over_seeds,
 )
-from eval.runs import RunFolder
+from maskgym.eval.runs import RunFolder
 
 NOT_YET = "not measured yet"
 

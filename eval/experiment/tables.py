@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.experiment.statistics import (
+from maskgym.eval.experiment.statistics import (
     Comparison,
     Estimate,
     area_under_curve,
@@ -18,8 +18,8 @@ from eval.experiment.statistics import (
     show_p,
     standard_error,
 )
-from eval.experiment.summary import MOST_LOST, NOT_YET, SPARED, ArmResult, area_of, enumerated, ranked
-from eval.report import markdown
+from maskgym.eval.experiment.summary import MOST_LOST, NOT_YET, SPARED, ArmResult, area_of, enumerated, ranked
+from maskgym.eval.report import markdown
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from backbones.backbone import Answers, Backbone
-from backbones.encoding import Encoding
-from eval.evaluate import Record, check_budgets
-from eval.latency import timed
+from maskgym.backbones.backbone import Answers, Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.eval.evaluate import Record, check_budgets
+from maskgym.eval.latency import timed
 from maskgym.lmms.requests import SCORE, Request
-from policies.baselines import Planner
-from policies.replies import Planned, Reply
+from maskgym.policies.baselines import Planner
+from maskgym.policies.replies import Planned, Reply
 
 T = TypeVar("T")
 

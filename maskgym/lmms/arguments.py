@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from backbones.errors import InputError
-from eval.evaluate import Record, check_budgets
 from maskgym.adaptive import DEFAULT_BUDGET, AdaptiveVLM
+from maskgym.backbones.errors import InputError
+from maskgym.eval.evaluate import Record, check_budgets
 from maskgym.lmms.answering import Answering
 from maskgym.lmms.recorded import Recorded, RecordFile
 from maskgym.lmms.requests import Request

@@ -1,4 +1,4 @@
-"""``python -m policies.grow``: grow the backbone ``small``."""
+"""``python -m maskgym.policies.grow``: grow the backbone ``small``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import tyro
 
-from backbones.errors import InputError
-from policies.grow.language import language
-from policies.grow.pools import plans
-from policies.grow.run import GrowConfig
-from policies.grow.tower import tower
+from maskgym.backbones.errors import InputError
+from maskgym.policies.grow.language import language
+from maskgym.policies.grow.pools import plans
+from maskgym.policies.grow.run import GrowConfig
+from maskgym.policies.grow.tower import tower
 
 PHASES = {"plans": plans, "tower": tower, "language": language}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = tyro.cli(GrowConfig, args=arguments, prog="python -m policies.grow")
+    given = tyro.cli(GrowConfig, args=arguments, prog="python -m maskgym.policies.grow")
     given.check()
     PHASES[given.phase](given)
 

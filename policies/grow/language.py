@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.smollm2 import find_file, load_language_model
-from policies.grow.dense import DenseDecoder
-from policies.grow.model import Grown
-from policies.grow.plans import Laid, Pool, choose_tokens, draw_restored, gates_of, lay_out
-from policies.grow.run import (
+from maskgym.backbones.smollm2 import find_file, load_language_model
+from maskgym.policies.grow.dense import DenseDecoder
+from maskgym.policies.grow.model import Grown
+from maskgym.policies.grow.plans import Laid, Pool, choose_tokens, draw_restored, gates_of, lay_out
+from maskgym.policies.grow.run import (
     POOLS,
     TOKENIZER,
     WEIGHTS,
@@ -29,8 +29,8 @@ from policies.grow.run import (
     save_checkpoint,
     step_along,
 )
-from policies.grow.stream import Batch, Pieces
-from policies.grow.tower import untrained_vision
+from maskgym.policies.grow.stream import Batch, Pieces
+from maskgym.policies.grow.tower import untrained_vision
 
 CHECKS = 1_000_003
 """Added to the seed of batches to validate on."""

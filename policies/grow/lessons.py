@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.scene_questions import COLORS, SHAPES
+from maskgym.envs.scene_questions import COLORS, SHAPES
 
 WORDS = (COLORS, SHAPES, ("small", "large"))
 

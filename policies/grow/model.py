@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backbones import atomic
-from backbones.small_deltas import BASE, SETTINGS
-from policies.grow.dense import DenseDecoder, DenseGates
-from policies.grow.plans import Laid, lay_out_full
-from policies.grow.stream import Batch
+from maskgym.backbones import atomic
+from maskgym.backbones.small_deltas import BASE, SETTINGS
+from maskgym.policies.grow.dense import DenseDecoder, DenseGates
+from maskgym.policies.grow.plans import Laid, lay_out_full
+from maskgym.policies.grow.stream import Batch
 
 SHARDS = {
     "attention": ("lora.q_proj", "lora.k_proj", "lora.v_proj", "lora.o_proj"),

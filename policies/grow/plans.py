@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.arrange import group_medians, group_sizes
-from policies.coherent import CHANCES, NOISE, RESTORED_SHARE
-from policies.grow.dense import DenseGates
+from maskgym.backbones.arrange import group_medians, group_sizes
+from maskgym.policies.coherent import CHANCES, NOISE, RESTORED_SHARE
+from maskgym.policies.grow.dense import DenseGates
 
 FORBIDDEN = -1e4
 """Added to the logits of attention where nobody may look."""
@@ -152,7 +152,7 @@ def lay_out(full: Laid, kept_BN: Tensor, restored_B: Tensor, answer_BS: Tensor, 
 
 def choose_tokens(visual_BND: Tensor, counts_B: Tensor, generator: torch.Generator) -> Tensor:
     """(B, N) bool: that many tokens kept, drawn one by one, or together by what they show or where they are, as
-    ``policies.coherent`` has them leave."""
+    ``maskgym.policies.coherent`` has them leave."""
     rows, tokens, width = visual_BND.shape
     device = visual_BND.device
     side = math.isqrt(tokens)

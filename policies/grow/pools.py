@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding, Query
-from backbones.families.llava import LlavaFamily
-from backbones.masks import AXES
-from backbones.small import build_small
-from policies.baselines import random_waits
-from policies.coherent import SHARPNESS
-from policies.grow.lessons import WORDS
-from policies.grow.plans import Pool
-from policies.grow.run import LESSON_WORDS, POOLS, ROWS, TOKENIZER, GrowConfig
-from policies.projection import least_share, project
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding, Query
+from maskgym.backbones.families.llava import LlavaFamily
+from maskgym.backbones.masks import AXES
+from maskgym.backbones.small import build_small
+from maskgym.policies.baselines import random_waits
+from maskgym.policies.coherent import SHARPNESS
+from maskgym.policies.grow.lessons import WORDS
+from maskgym.policies.grow.plans import Pool
+from maskgym.policies.grow.run import LESSON_WORDS, POOLS, ROWS, TOKENIZER, GrowConfig
+from maskgym.policies.projection import least_share, project
 
 Drawn = tuple[Tensor, Tensor, Tensor]
 

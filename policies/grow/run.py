@@ -14,9 +14,9 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from backbones import atomic
-from backbones.errors import InputError
-from policies.grow.stream import Batch, Stream
+from maskgym.backbones import atomic
+from maskgym.backbones.errors import InputError
+from maskgym.policies.grow.stream import Batch, Stream
 
 TOKENIZER, LESSON_WORDS, POOLS, WEIGHTS, CHECKPOINT = "tokenizer.json", "words.npz", "pools", "weights", "checkpoint.pt"
 """Names within the folder of a run."""
@@ -35,9 +35,9 @@ class GrowConfig:
     it.
 
     Examples:
-      python -m policies.grow plans --out runs/small
-      python -m policies.grow tower --out runs/small --images 128 --seconds 75
-      python -m policies.grow language --out runs/small --seconds 425 --compile
+      python -m maskgym.policies.grow plans --out runs/small
+      python -m maskgym.policies.grow tower --out runs/small --images 128 --seconds 75
+      python -m maskgym.policies.grow language --out runs/small --seconds 425 --compile
     """
 
     phase: tyro.conf.Positional[Literal["plans", "tower", "language"]]
@@ -96,7 +96,9 @@ class GrowConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device is cuda, which is not there; use --device cpu, for a try")
         if not (self.out / TOKENIZER).is_file():
-            raise InputError(f"{str(self.out)!r} has no pools of plans yet; first: python -m policies.grow plans")
+            raise InputError(
+                f"{str(self.out)!r} has no pools of plans yet; first: python -m maskgym.policies.grow plans"
+            )
 
 
 class Run:

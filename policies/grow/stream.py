@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
-from envs import scenes_long
-from envs.scene_questions import COLORS, SHAPES
+from maskgym.envs import scenes_long
+from maskgym.envs.scene_questions import COLORS, SHAPES
 
 IMAGE, USER, TURN, END = "<image>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 PADDING = -2

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from backbones.small import VISION
-from policies.grow.lessons import Lessons
-from policies.grow.model import Vision, save_shards, vision_tensors
-from policies.grow.run import LESSON_WORDS, WEIGHTS, GrowConfig, Run, batches, rate_at, step_along
-from policies.muon import MuonAdamW
+from maskgym.backbones.small import VISION
+from maskgym.policies.grow.lessons import Lessons
+from maskgym.policies.grow.model import Vision, save_shards, vision_tensors
+from maskgym.policies.grow.run import LESSON_WORDS, WEIGHTS, GrowConfig, Run, batches, rate_at, step_along
+from maskgym.policies.muon import MuonAdamW
 
 MUON_RATE, ADAMW_RATE = 4e-3, 1e-3
 """After 55 steps of 32 images Muon's tower told 80 % of the colours, AdamW's 20 %."""

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from policies.static.diversity import CDPrunerPlanner, DivPrunePlanner
-from policies.static.inside import FastVPlanner
-from policies.static.plain import RandomTokenPlanner, StridePlanner
-from policies.static.progressive import PyramidDropPlanner, SparseVLMPlanner
-from policies.static.prumerge import PruMergePlanner
-from policies.static.restore import RestorePlanner
-from policies.static.searched import SearchedPlanner
-from policies.static.tower import SUBSTITUTE
-from policies.static.visionzip import VisionZipPlanner
+from maskgym.policies.static.diversity import CDPrunerPlanner, DivPrunePlanner
+from maskgym.policies.static.inside import FastVPlanner
+from maskgym.policies.static.plain import RandomTokenPlanner, StridePlanner
+from maskgym.policies.static.progressive import PyramidDropPlanner, SparseVLMPlanner
+from maskgym.policies.static.prumerge import PruMergePlanner
+from maskgym.policies.static.restore import RestorePlanner
+from maskgym.policies.static.searched import SearchedPlanner
+from maskgym.policies.static.tower import SUBSTITUTE
+from maskgym.policies.static.visionzip import VisionZipPlanner
 
 TOWER_RULES: dict[str, Callable[..., Any]] = {
     "prumerge": partial(PruMergePlanner, plus=False),

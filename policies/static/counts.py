@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.survivors import Survivors
-from policies.bisection import most_that_fits
-from policies.projection import budget_flops
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.survivors import Survivors
+from maskgym.policies.bisection import most_that_fits
+from maskgym.policies.projection import budget_flops
 
 Skeleton = Callable[[Tensor], Masks]
 """Plans for some counts (B,) that cost what the real ones will, whichever tokens these keep."""
@@ -32,7 +32,7 @@ class CountPlanner(ABC):
         name: in records.
 
     Attributes:
-        positions: how the authors lay out what is kept; see ``backbones.survivors``.
+        positions: how the authors lay out what is kept; see ``maskgym.backbones.survivors``.
         signals: what is read of the vision tower.
     """
 

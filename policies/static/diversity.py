@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from policies.static.counts import TokenPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.policies.static.counts import TokenPlanner
 
 DECIMALS, LEAST_GAIN = 5, 1e-4
 

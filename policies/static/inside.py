@@ -17,12 +17,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.stages import AttentionScore, Stage
-from policies.static.counts import CountPlanner, Skeleton
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.stages import AttentionScore, Stage
+from maskgym.policies.static.counts import CountPlanner, Skeleton
 
 
 class InsidePlanner(CountPlanner):

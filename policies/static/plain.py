@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.stages import best_tokens
-from policies.static.counts import TokenPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.stages import best_tokens
+from maskgym.policies.static.counts import TokenPlanner
 
 
 class RandomTokenPlanner(TokenPlanner):

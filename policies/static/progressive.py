@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.stages import AttentionScore, Stage, token_counts
-from policies.bisection import most_that_fits
-from policies.static.inside import InsidePlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.stages import AttentionScore, Stage, token_counts
+from maskgym.policies.bisection import most_that_fits
+from maskgym.policies.static.inside import InsidePlanner
 
 
 class ProgressivePlanner(InsidePlanner):

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.masks import Masks
-from backbones.picking import pick
-from backbones.stages import best_tokens
-from policies.static.counts import Skeleton
-from policies.static.plain import evenly_spaced
-from policies.static.tower import TowerPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.picking import pick
+from maskgym.backbones.stages import best_tokens
+from maskgym.policies.static.counts import Skeleton
+from maskgym.policies.static.plain import evenly_spaced
+from maskgym.policies.static.tower import TowerPlanner
 
 
 class PruMergePlanner(TowerPlanner):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from policies.static.searched import SearchedOrder
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.policies.static.searched import SearchedOrder
 
 
 @dataclass(frozen=True)

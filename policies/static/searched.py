@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbones.atomic import write_text
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.masks import Masks
-from backbones.plain_files import MALFORMED, read_json
-from policies.projection import project
+from maskgym.backbones.atomic import write_text
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.masks import Masks
+from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.policies.projection import project
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class SearchedOrder:
             return cls(order=order, layout=layout, **fields)
         except MALFORMED as error:
             raise InputError(
-                f"no readable plan in {str(path)!r} ({error}); make one with: python -m eval search-static --out FILE"
+                f"no readable plan in {str(path)!r} ({error}); make one with: "
+                "python -m maskgym.eval search-static --out FILE"
             ) from error
 
     def stays(self, backbone: Backbone) -> Tensor:
@@ -83,7 +84,7 @@ class SearchedOrder:
         if self.layout != mine or min(numbers, default=0) < 0 or max(numbers, default=0) >= layout.size:
             raise InputError(
                 f"the searched plan is for (tokens, layers, heads) = {self.layout}; backbone {backbone.name!r} has "
-                f"{mine}: search anew with python -m eval search-static --backbone {backbone.name} --out FILE"
+                f"{mine}: search anew with python -m maskgym.eval search-static --backbone {backbone.name} --out FILE"
             )
         stays_A = torch.full((layout.size,), float("inf"))
         for place, unit in enumerate(self.order):
@@ -98,13 +99,13 @@ class SearchedOrder:
 class SearchedPlanner:
     """The best input-independent plan at each budget: units leave in the searched order until the plan fits.
 
-    The order comes from ``policies.static.search``, which follows GSOP and DOP (Liu et al., arXiv 2507.02909) over
-    tokens, head slots and layers.
+    The order comes from ``maskgym.policies.static.search``, which follows GSOP and DOP (Liu et al., arXiv 2507.02909)
+    over tokens, head slots and layers.
 
     Args:
         backbone: what the plans are for.
         seed: not used; nothing is drawn.
-        plan: file that ``python -m eval search-static --out`` wrote.
+        plan: file that ``python -m maskgym.eval search-static --out`` wrote.
 
     Raises:
         InputError: an unreadable file, or one for another layout.

@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.encoding import Encoding
-from backbones.errors import InputError
-from backbones.picking import put
-from backbones.saliency import SIGNALS, Saliency
-from backbones.survivors import Survivors
-from policies.static.counts import TokenPlanner
+from maskgym.backbones.backbone import Backbone
+from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.errors import InputError
+from maskgym.backbones.picking import put
+from maskgym.backbones.saliency import SIGNALS, Saliency
+from maskgym.backbones.survivors import Survivors
+from maskgym.policies.static.counts import TokenPlanner
 
 SUBSTITUTE = "@mean-attention"
 """Ends the name of a rule that takes the mean attention received in place of the class token's."""
