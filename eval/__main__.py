@@ -313,7 +313,8 @@ Command = (
 
 
 def main() -> None:
-    cli.read_options(Command, prog="python -m maskgym.eval", description=__doc__).run()
+    prog = sys.argv[0] if sys.argv[0].startswith("maskgym ") else "python -m maskgym.eval"
+    cli.read_options(Command, prog=prog, description=__doc__).run()
 
 
 def run_command() -> None:

@@ -392,6 +392,8 @@ def make_folder(path: Path) -> None:
 
 def command_line() -> str:
     """The command of this process, as somebody else would type it in the repository."""
+    if sys.argv[0].startswith("maskgym "):  # the console command, wherever it is installed
+        return shlex.join([*sys.argv[0].split(), *sys.argv[1:]])
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`, which puts a full path in argv
     program = [sys.argv[0]] if module is None else ["-m", module.name.removesuffix(".__main__")]
     return shlex.join([Path(sys.executable).name, *program, *sys.argv[1:]])

@@ -139,13 +139,25 @@ def commands(script: str) -> Iterator[list[str]]:
                 words = []
 
 
+def at_length(words: list[str]) -> list[str]:
+    """The console command's words as the script or module that it is a door to; others as they are."""
+    match words:
+        case ["maskgym", "eval", *arguments]:
+            return ["python", "-m", "maskgym.eval", *arguments]
+        case ["maskgym", "demo", *arguments]:
+            return ["python", "-m", "maskgym.eval", "demo", *arguments]
+        case ["maskgym", word, *arguments] if f"{word.replace('-', '_')}.py" in TRAININGS:
+            return ["python", f"{word.replace('-', '_')}.py", *arguments]
+    return words
+
+
 def check_command(words: list[str]) -> None:
     """Parse a command with its own parser, and hold the names in its options against what there is.
 
     Raises:
         Wrong: an unknown program, option or value.
     """
-    match words:
+    match at_length(words):
         case ["python", script, *arguments] if script in TRAININGS:
             _check_training(script, arguments)
         case ["accelerate", "launch", script, *arguments] if script in TRAININGS:
@@ -275,7 +287,8 @@ def check_span(span: str, name: str) -> None:
     Raises:
         Wrong: an unknown command or option.
     """
-    words = span.removeprefix("python ").removeprefix("-m ").removeprefix("maskgym.").split()
+    words = " ".join(at_length(span.split())).removeprefix("python ").removeprefix("-m ")
+    words = words.removeprefix("maskgym.").split()
     named = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
     match words:
         case ["eval", command, *_] if span.startswith("python") or named:

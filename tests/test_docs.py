@@ -60,6 +60,8 @@ BAD = {
     "continued line": (BASH.format("python train_rl.py \\\n    --no-such-option 1"), "no-such-option"),
     "second command": (BASH.format("pytest && python -m maskgym.eval run full --no-such-option"), "no-such-option"),
     "subcommand": (BASH.format("python -m maskgym.eval guess"), "guess"),
+    "option of the console command": (BASH.format("maskgym train-rl --no-such-option 1"), "no-such-option"),
+    "subcommand of the console command": (BASH.format("maskgym eval guess"), "guess"),
     "missing argument": (BASH.format("python -m maskgym.eval search-static"), "--out"),
     "policy": (BASH.format("python -m maskgym.eval run full fast"), "unknown policy 'fast'"),
     "model_args": (
@@ -102,7 +104,8 @@ GOOD = {
     "program": BASH.format("pytest && make check"),
     "option": BASH.format("python train_rl.py --plans-per-query 4 --no-fit"),
     "policy": BASH.format("python -m maskgym.eval run full fastv:k=2 'prumerge+ then runs/any' --data path/to/it"),
-    "text": "`python train_rl.py --plans-per-query 4`, `--resume`, `eval run`",
+    "console command": BASH.format("maskgym train-rl --plans-per-query 4 && maskgym demo --port 8502"),
+    "text": "`python train_rl.py --plans-per-query 4`, `maskgym eval run --limit 3`, `--resume`, `eval run`",
     "code": "```python\nearlier = 1\n```\n\n```python\nassert earlier\n```",
     "module": '```python title="guess.py"\nx = 1\n```\n\n```python\nfrom guess import x\n```',
     "picture": "```\n--anything goes\n```",

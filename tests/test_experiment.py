@@ -49,7 +49,7 @@ ARMS = [
     arms.FULL,
     Arm("random", "random"),
     relaxed("gumbel", "gumbel", "--batch-size", "8"),
-    Arm("rl", script="train_rl", options=(*RL.split(), "--init-from", "{gumbel}")),
+    Arm("rl", script="train-rl", options=(*RL.split(), "--init-from", "{gumbel}")),
     Arm("stride, half", "stride@0.5", seeded=False),
 ]
 
@@ -102,7 +102,7 @@ def test_everything_that_is_promised_is_there(done):
     assert re.search(gap, text), "a budget that cannot be met is a gap with its reason"
     page = (done / "training" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 5 and "http" not in page.replace("http-equiv", "")
-    assert "train_gumbel" in page and 'name="viewport"' in page
+    assert "maskgym train-gumbel" in page and 'name="viewport"' in page
     seconds = [
         json.loads(file.read_text().splitlines()[-1])["seconds"] for file in done.glob("cells/*/*/run/timing.jsonl")
     ]
@@ -335,7 +335,7 @@ def made(tmp_path, curves, seeds=3, unbudgeted=()):
     results = {}
     for name, curve in curves.items():
         result = results[name] = ArmResult(name)
-        script = "train_rl" if pictures.is_ours(name) else None
+        script = "train-rl" if pictures.is_ours(name) else None
         for seed in range(seeds):
             result.cells.append(Cell(Arm(name, script=script), seed, tmp_path / name / str(seed)))
             result.outcomes.append({})

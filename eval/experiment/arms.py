@@ -22,7 +22,7 @@ class Arm:
     Attributes:
         name: an estimator's, for a controller of all three axes; followed by the axes where they are fewer.
         policy: as ``eval run`` takes it; ``{}`` stands for the arm's own run, ``{name}`` for that of another arm.
-        script: what trains the run: ``train_rl`` or ``train_gumbel``; None: nothing is trained.
+        script: what trains the run: ``train-rl`` or ``train-gumbel`` of the console command; None: nothing is trained.
         options: of the script, with the same stand-ins.
         seeded: whether it differs from seed to seed; the others are evaluated once.
     """
@@ -54,14 +54,14 @@ class Prepared:
 
 def relaxed(name: str, estimator: str, *options: str) -> Arm:
     """What an estimator of ``train_gumbel.py`` trains."""
-    return Arm(name, script="train_gumbel", options=("--estimator", estimator, *options))
+    return Arm(name, script="train-gumbel", options=("--estimator", estimator, *options))
 
 
 def controller(prepared: Prepared, estimator: str, *axes: str) -> Arm:
     """A two-level controller, trained by PPO (``rl``) or an estimator of ``train_gumbel.py``; of some axes, or all."""
     options = ("--initial-plan", str(prepared.plan), *(("--axes", *axes) if axes else ()))
     name = f"{estimator} {' and '.join(axes)}" if axes else estimator
-    return Arm(name, script="train_rl", options=options) if estimator == "rl" else relaxed(name, estimator, *options)
+    return Arm(name, script="train-rl", options=options) if estimator == "rl" else relaxed(name, estimator, *options)
 
 
 def untrained(prepared: Prepared) -> list[Arm]:
@@ -122,7 +122,7 @@ def dimensions(prepared: Prepared) -> list[Arm]:
 
 def training(prepared: Prepared) -> list[Arm]:
     """RL against relaxations of the same controller on all three axes, and AdaLLaVA's."""
-    after = Arm("rl after gumbel", script="train_rl", options=("--init-from", "{gumbel}"))
+    after = Arm("rl after gumbel", script="train-rl", options=("--init-from", "{gumbel}"))
     own = [controller(prepared, estimator) for estimator in ESTIMATORS]
     return [*untrained(prepared), *ADALLAVA, *own, after]
 

@@ -181,7 +181,7 @@ def train(cell: Cell, cells: Sequence[Cell], shared: Sequence[str]) -> None:
     """
     options = [fill(option, cell, cells) for option in cell.arm.options]
     again = ["--resume"] if RunFolder(cell.run).is_run() else []
-    command = [sys.executable, "-m", str(cell.arm.script), *options, *shared, *again]
+    command = [sys.executable, "-m", "maskgym", str(cell.arm.script), *options, *shared, *again]
     cell.folder.mkdir(parents=True, exist_ok=True)
     done = run_process([*command, "--seed", str(cell.seed), "--out", str(cell.run)])
     if done.returncode:
