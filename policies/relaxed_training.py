@@ -11,13 +11,14 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError
 from maskgym.backbones.soft_decoder import Gates, soft_answer_logits
 from maskgym.policies.decisions import Decider
+from maskgym.policies.learned import Controller
 from maskgym.policies.projection import least_share
 from maskgym.policies.relaxation import ESTIMATORS, Relaxed, cost_loss, gumbel_straight_through, soft_top_k
 
@@ -32,8 +33,10 @@ class Learner(Protocol):
         more_tokens: places to keep free between prompt and answer.
     """
 
-    controller: nn.Module
     more_tokens: int
+
+    @property
+    def controller(self) -> Controller: ...
 
     def least_share(self, prompts: Encoding) -> Tensor:
         """(B,) float64: the smallest budgets for which there is a plan."""

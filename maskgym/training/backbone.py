@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 import torch
 from transformers import TrainerCallback
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from maskgym.backbones import Backbone, EncodingBank, InputError, load_backbone
 from maskgym.backbones.families.llava import LlavaFamily
@@ -302,11 +302,11 @@ def run(config: BackboneConfig, folder: RunFolder) -> None:
     drawn = TrainingQueries(backbone, train, config.max_failed, config.seed)
     options = trainer_options(config, folder)
     checkpoint = next(reversed(checkpoints(folder.checkpoints)), None) if config.resume else None
-    if checkpoint is None and first:
-        folder.truncate_metrics(0)
-    elif first:
-        folder.drop_metrics_after(step_of(checkpoint))
     if first:
+        if checkpoint is None:
+            folder.truncate_metrics(0)
+        else:
+            folder.drop_metrics_after(step_of(checkpoint))
         folder.change_length()
     if checkpoint is None and config.backbone == "scratch" and config.vision_steps:
         began = time.time()

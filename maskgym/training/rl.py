@@ -165,7 +165,11 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
     if config.algo == "a2c":
         model = A2C(TwoLevelPolicy, fitted or venv, use_rms_prop=False, normalize_advantage=True, **common)
     else:
-        own = {"batch_size": config.batch_size, "n_epochs": config.epochs, "clip_range": config.clip_range}
+        own: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "n_epochs": config.epochs,
+            "clip_range": config.clip_range,
+        }
         model = PPO(TwoLevelPolicy, fitted or venv, **own, **common)
     model.set_logger(Logger(folder=None, output_formats=[]))
     assert isinstance(model.policy, TwoLevelPolicy)
@@ -194,7 +198,7 @@ class RunCallback(BaseCallback):
         self.config, self.journal, self.venv, self.signals = config, journal, venv, signals
         self.tuning = config.tuning(venv.core.backbone)
         self._rollout: list[dict[str, np.ndarray]] = []
-        self._executed: list[tuple[np.ndarray, np.ndarray]] = []
+        self._executed: list[tuple[np.ndarray, ...]] = []
 
     @property
     def queries(self) -> int:
@@ -269,7 +273,7 @@ class RunCallback(BaseCallback):
         policy = {f"policy.{name}": value for name, value in self.model.policy.state_dict().items()}
         state = {
             "queries": self.queries,
-            "updates": self.model._n_updates,  # type: ignore[attr-defined]
+            "updates": self.model._n_updates,
             "random": random_rest,
             "environment": self.venv.state(),
             **self.journal.state(),
@@ -294,7 +298,7 @@ class RunCallback(BaseCallback):
             if self.tuning is not None:
                 self.tuning.restore(tensors)
             model.num_timesteps = state["queries"] * self.config.plans_per_query
-            model._n_updates = state["updates"]  # type: ignore[attr-defined]
+            model._n_updates = state["updates"]
             model._last_obs = self.venv.load_state(state["environment"])
             model._last_episode_starts = np.ones(self.venv.num_envs, bool)
             self.journal.load_state(state)
