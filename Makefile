@@ -1,4 +1,4 @@
-.PHONY: check format types test test-slow test-all docs train audit gpu
+.PHONY: check format types test test-slow test-all docs train audit gpu small
 
 check: ## Lint, format check and types, as CI runs them
 	ruff check .
@@ -29,3 +29,8 @@ train: ## The README's first command
 
 gpu: ## What the project claims, measured on the GPU that is here: 150 seconds, figures in results/gpu
 	python -m maskgym.eval gpu --out results/gpu
+
+small: ## Grow the backbone small anew on the GPU that is here: ten minutes, into runs/small
+	python -m maskgym.policies.grow plans --out runs/small
+	python -m maskgym.policies.grow tower --out runs/small --images 128 --seconds 75
+	python -m maskgym.policies.grow language --out runs/small --seconds 425 --compile
