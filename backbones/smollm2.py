@@ -58,14 +58,18 @@ def find_file() -> Path:
 
 def load_language_model(path: Path) -> LlamaForCausalLM:
     """The published model, its weights as float32; its config says nothing more of the file."""
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
     vars(model.config).pop("quantization_config", None)
     return model.eval()
 
 
 def load_tokenizer(path: Path) -> Any:
     """The published tokenizer: byte-level BPE, every digit a token."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False, trust_remote_code=False
+    )
     # The file only names its way to split, which transformers does not look up, and has its special tokens by number,
     # which not every version takes for what they are.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -21,6 +21,7 @@ from maskgym.policies.grow.dense import MATRICES, DenseDecoder
 from maskgym.policies.grow.lessons import WORDS
 from maskgym.policies.grow.model import Grown, Vision
 from maskgym.policies.grow.plans import Pool, choose_tokens, gates_of, lay_out
+from maskgym.policies.grow.run import Checkpoint, GrowConfig
 from maskgym.policies.grow.stream import FINE, GRID, PADDING, Pieces, Stream, collate, lesson
 from tests.smollm2 import MLP, put_package
 
@@ -190,6 +191,27 @@ def test_workers_draw_different_scenes_and_the_same_again(planned):
         return next(iter(Stream(str(planned / "tokenizer.json"), 2, 0, seed))).pixels
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
+
+
+def test_a_checkpoint_brings_back_weights_and_what_the_optimiser_keeps(tmp_path):
+    given = GrowConfig("language", tmp_path, device="cpu")
+    assert Checkpoint.load(given) is None
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    optimizer, fresh = (torch.optim.AdamW(each.parameters(), lr=0.1) for each in (model, other))
+
+    def step(each, its):
+        its.zero_grad()
+        each(torch.arange(6.0).view(2, 3)).square().sum().backward()
+        its.step()
+
+    step(model, optimizer)
+    Checkpoint.of(7, 1.5, model, optimizer).save(given)
+    stored = Checkpoint.load(given)
+    stored.restore(other, fresh)
+    assert (stored.step, stored.trained) == (7, 1.5) and len(list(tmp_path.iterdir())) == 1
+    step(model, optimizer)
+    step(other, fresh)
+    assert torch.equal(model.weight, other.weight), "the moments are those of before"
 
 
 @pytest.mark.slow

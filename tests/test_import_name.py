@@ -102,7 +102,8 @@ def test_a_wheel_has_one_name_at_its_top_and_all_modules(tmp_path):
     modules = {str(path.relative_to(copy)) for path in copy.rglob("*.py") if "build" not in path.parts}
     modules = {module if module.startswith("maskgym/") else f"maskgym/{module}" for module in modules}
     data = {"py.typed", "eval/tuning-grid.txt", "eval/experiment/report.html.j2"}
-    data |= {f"backbones/tiny_weights/{path.name}" for path in (ROOT / "backbones" / "tiny_weights").iterdir()}
+    for weights in ("tiny_weights", "small_weights"):
+        data |= {f"backbones/{weights}/{path.name}" for path in (ROOT / "backbones" / weights).iterdir()}
     assert {name for name in packed if "dist-info" not in name} == modules | {f"maskgym/{name}" for name in data}
 
 

@@ -21,12 +21,11 @@ from maskgym.policies.grow.run import (
     POOLS,
     TOKENIZER,
     WEIGHTS,
+    Checkpoint,
     GrowConfig,
     Run,
     batches,
-    load_checkpoint,
     rate_at,
-    save_checkpoint,
     step_along,
 )
 from maskgym.policies.grow.stream import Batch, Pieces
@@ -41,8 +40,8 @@ def language(given: GrowConfig) -> None:
     run, device = Run(given), given.device
     torch.set_float32_matmul_precision("high")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    state = load_checkpoint(given)
-    begun = 0 if state is None else int(state["step"])
+    before = Checkpoint.load(given)
+    begun = 0 if before is None else before.step
     # Workers begin while the language model is read; those of a resumed run draw other batches than at first.
     drawn = batches(given, given.room, given.images, given.seed + 1 + begun, given.workers)
     checks = batches(given, given.room, given.images, given.seed + CHECKS, min(given.workers, 1))
@@ -55,9 +54,8 @@ def language(given: GrowConfig) -> None:
     pools = {path.stem: Pool.load(path, grown.decoder.q_heads).to(device) for path in (given.out / POOLS).glob("*.npz")}
     generator = torch.Generator(device).manual_seed(given.seed + begun)
     optimizer, parameters = adamw(given, grown), [p for p in grown.parameters() if p.requires_grad]
-    if state is not None:
-        grown.load_state_dict(state["weights"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+    if before is not None:
+        before.restore(grown, optimizer)
     step, checked = begun, time.time()
     shown = checked
 
@@ -65,15 +63,12 @@ def language(given: GrowConfig) -> None:
         nonlocal checked
         run.stop()
         grown.save(given.out / WEIGHTS)
-        weights = {name: p.detach() for name, p in grown.named_parameters()}
-        save_checkpoint(
-            given, {"step": step, "trained": run.trained, "weights": weights, "optimizer": optimizer.state_dict()}
-        )
+        Checkpoint.of(step, run.trained, grown, optimizer).save(given)
         run.log(step=step, **validate(grown, validation, pools, dtype, given.seed), **more)
         run.start()
         checked = time.time()
 
-    run.start(0.0 if state is None else float(state["trained"]))
+    run.start(0.0 if before is None else before.trained)
     while (progress := run.progress(step)) < 1:
         joined = (progress - given.plain_share) / max(given.ramp_share, 1e-9)
         parts = losses(grown, batch, pools["train"] if joined >= 0 else None, joined, generator, dtype)

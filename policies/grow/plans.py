@@ -46,7 +46,7 @@ class Pool:
 
     @classmethod
     def load(cls, path: Any, query_heads: int) -> Pool:
-        with np.load(path) as stored:
+        with np.load(path, allow_pickle=False) as stored:
             heads = np.unpackbits(stored["heads"], axis=-1)[..., :query_heads].astype(bool)
             return cls(torch.from_numpy(stored["tokens"]), torch.from_numpy(heads))
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +20,13 @@ from maskgym.backbones import atomic
 from maskgym.backbones.errors import InputError
 from maskgym.policies.grow.stream import Batch, Stream
 
-TOKENIZER, LESSON_WORDS, POOLS, WEIGHTS, CHECKPOINT = "tokenizer.json", "words.npz", "pools", "weights", "checkpoint.pt"
+TOKENIZER, LESSON_WORDS, POOLS, WEIGHTS, CHECKPOINT = (
+    "tokenizer.json",
+    "words.npz",
+    "pools",
+    "weights",
+    "checkpoint.safetensors",
+)
 """Names within the folder of a run."""
 
 ROWS = 128
@@ -173,15 +181,54 @@ def step_along(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Seque
     return norm
 
 
-def save_checkpoint(given: GrowConfig, state: dict[str, Any]) -> None:
-    """Write a checkpoint of a phase, all of it or nothing."""
-    unfinished = given.out / f".{given.phase}-{CHECKPOINT}"
-    torch.save(state, unfinished)
-    atomic.sync(unfinished)
-    unfinished.replace(given.out / f"{given.phase}-{CHECKPOINT}")
+@dataclasses.dataclass
+class Checkpoint:
+    """Where a phase stands.
 
+    Attributes:
+        step: optimiser steps taken.
+        trained: seconds of training.
+        tensors: weights by name, and what the optimiser keeps of the parameter of a number, as ``optimizer.3.exp_avg``.
+    """
 
-def load_checkpoint(given: GrowConfig) -> dict[str, Any] | None:
-    """The last checkpoint of a phase, if there is one."""
-    path = given.out / f"{given.phase}-{CHECKPOINT}"
-    return torch.load(path, map_location=given.device, weights_only=True) if path.is_file() else None
+    step: int
+    trained: float
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, step: int, trained: float, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint:
+        """Of a model that is trained."""
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for number, kept in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in kept.items()}
+        return cls(step, trained, tensors)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put it back."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("optimizer."):
+                _, number, kept = name.split(".")
+                state.setdefault(int(number), {})[kept] = tensor
+        weights = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("optimizer.")}
+        model.load_state_dict(weights, strict=False)  # what is published is not in it
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+    def save(self, given: GrowConfig) -> None:
+        """Write it, all or nothing."""
+        where = {"step": str(self.step), "trained": str(self.trained)}
+        unfinished = given.out / f".{given.phase}-{CHECKPOINT}"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, unfinished, where)
+        atomic.sync(unfinished)
+        unfinished.replace(given.out / f"{given.phase}-{CHECKPOINT}")
+
+    @classmethod
+    def load(cls, given: GrowConfig) -> Checkpoint | None:
+        """The last one of a phase, if there is one."""
+        path = given.out / f"{given.phase}-{CHECKPOINT}"
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt", device=given.device) as stored:
+            where = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        return cls(int(where["step"]), float(where["trained"]), tensors)

@@ -31,7 +31,7 @@ def untrained_vision(seed: int, hidden: int) -> Vision:
 def tower(given: GrowConfig) -> None:
     """Give the lessons."""
     run = Run(given)
-    with np.load(given.out / LESSON_WORDS) as stored:
+    with np.load(given.out / LESSON_WORDS, allow_pickle=False) as stored:
         words_KD, loudness = torch.from_numpy(stored["words"]), float(stored["loudness"])
     vision, lessons = untrained_vision(given.seed, words_KD.shape[1]), Lessons(words_KD)
     vision.to(given.device)
