@@ -1,6 +1,7 @@
 """The ground: plans, their cost, encodings, masked execution, and the VLMs."""
 
-from maskgym.backbones.backbone import Answers, Backbone
+from maskgym.backbones.answers import Answers
+from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.cost import Cost
 from maskgym.backbones.encoding import Encoding, EncodingBank, Query
 from maskgym.backbones.errors import InputError

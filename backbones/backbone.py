@@ -7,18 +7,20 @@ vocabulary, t new tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from maskgym.backbones.answers import Answers, Limit, Said
 from maskgym.backbones.arrange import arrange
 from maskgym.backbones.cost import Cost
 from maskgym.backbones.decoder import MaskedDecoder
 from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError, check_count, query_named
+from maskgym.backbones.expected_length import Expected, check_expected
 from maskgym.backbones.family import Family
 from maskgym.backbones.kv_cache import KVCache
 from maskgym.backbones.masks import MaskLayout, Masks
@@ -26,23 +28,6 @@ from maskgym.backbones.packed import Packed, pack
 from maskgym.backbones.plan_cost import making_flops
 from maskgym.backbones.query_encoder import QueryEncoder
 from maskgym.backbones.stages import token_counts
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the backbone said under a batch of plans.
-
-    Attributes:
-        texts: the answers, special tokens removed.
-        tokens: the generated ids of each answer, up to and without the end token.
-        log_likelihood: (B,) log-probability of each query's reference answer, if references were given.
-        masks: the plans as they were executed: decisions inside the decoder are taken.
-    """
-
-    texts: list[str]
-    tokens: list[list[int]]
-    log_likelihood: Tensor | None
-    masks: Masks
 
 
 class Backbone(QueryEncoder):
@@ -57,7 +42,8 @@ class Backbone(QueryEncoder):
             key-value head is dropped when all its query heads are.
         width: ``"heads+mlp"``: a head slot takes its slice of the MLP with it; ``"heads"``: the MLP stays whole.
         protected_layers: layers that always run in full.
-        expected_answer_tokens: answer length at which plans are priced.
+        expected_answer_tokens: answer length at which plans are priced: a number of tokens, or a tree of questions'
+            words with such numbers (``maskgym.backbones.expected_length``).
         max_visual_tokens: scale images so that none has more visual tokens; for families of dynamic resolution.
         attention: ``"auto"``, ``"sdpa"``, or ``"flash"`` for FlashAttention-2, which auto takes where it can run.
     """
@@ -69,7 +55,7 @@ class Backbone(QueryEncoder):
         heads: int | None = None,
         width: str = "heads+mlp",
         protected_layers: Sequence[int] = (0,),
-        expected_answer_tokens: int = 1,
+        expected_answer_tokens: Expected = 1,
         max_visual_tokens: int | None = None,
         attention: str = "auto",
     ):
@@ -77,15 +63,14 @@ class Backbone(QueryEncoder):
             family.limit_visual_tokens(max_visual_tokens)
         text = family.model.config.text_config
         slots = text.num_key_value_heads if heads is None else heads
-        for option, count in (("heads", slots), ("expected_answer_tokens", expected_answer_tokens)):
-            check_count(option, count)
+        check_count("heads", slots)
         self.decoder = MaskedDecoder(family.decoder, family.model.lm_head, slots, width, attention)
         layout = MaskLayout(
             family.most_visual_tokens, text.num_hidden_layers, self.decoder.slots, tuple(protected_layers)
         )
-        super().__init__(family, layout)
+        super().__init__(family, layout, check_expected(expected_answer_tokens))
         self.name, self.hidden = name, text.hidden_size
-        self.expected_answer_tokens, self.max_visual_tokens = expected_answer_tokens, max_visual_tokens
+        self.max_visual_tokens = max_visual_tokens
 
     @property
     def options(self) -> dict[str, Any]:
@@ -175,6 +160,7 @@ class Backbone(QueryEncoder):
         masks: Masks,
         max_new_tokens: int = 1,
         references: Sequence[str] | None = None,
+        limit: Limit | None = None,
     ) -> Answers:
         """Answer greedily, each row under its own plan.
 
@@ -183,6 +169,8 @@ class Backbone(QueryEncoder):
             masks: B plans.
             max_new_tokens: answers are cut at this many tokens.
             references: one answer a row whose log-likelihood is wanted, from the same prefill.
+            limit: answers are also cut where one more token would cost more than it; the first, which comes out of the
+                prefill, is always said.
 
         Raises:
             InputError: no tokens to answer with, other numbers of references than rows, or one without tokens.
@@ -196,16 +184,30 @@ class Backbone(QueryEncoder):
         likelihood = None
         if reference_ids is not None:
             likelihood = self._score(logits_BV, reference_ids, encoding, kv)
-        *_, tokens = self._generate(logits_BV, max_new_tokens, encoding, kv)
-        return Answers([self.answer_text(ids) for ids in tokens], tokens, likelihood, masks)
+        *_, said = self._generate(logits_BV, self._said(encoding, masks, max_new_tokens, limit), encoding, kv)
+        return self._answers(said, likelihood, masks)
 
     @torch.no_grad()
-    def stream(self, encoding: Encoding, masks: Masks, max_new_tokens: int = 1) -> Iterator[Answers]:
+    def stream(
+        self, encoding: Encoding, masks: Masks, max_new_tokens: int = 1, limit: Limit | None = None
+    ) -> Iterator[Answers]:
         """The answers so far after each step; the last are those of ``answer`` with the same arguments."""
         check_count("max_new_tokens", max_new_tokens)
         logits_BV, kv, masks = self._prefill(encoding, masks, max_new_tokens > 1)
-        for tokens in self._generate(logits_BV, max_new_tokens, encoding, kv):
-            yield Answers([self.answer_text(ids) for ids in tokens], [list(ids) for ids in tokens], None, masks)
+        for said in self._generate(logits_BV, self._said(encoding, masks, max_new_tokens, limit), encoding, kv):
+            yield self._answers(said, None, masks)
+
+    def _said(self, encoding: Encoding, masks: Masks, max_new_tokens: int, limit: Limit | None) -> Said:
+        """Answers that have not begun, each with its room."""
+        ends = self.model.generation_config.eos_token_id
+        room = [max_new_tokens] * len(encoding)
+        if limit is not None:
+            room = self.affordable_tokens(encoding, masks, limit, max_new_tokens).tolist()
+        return Said(room, max_new_tokens, {ends} if isinstance(ends, int) else set(ends or ()))
+
+    def _answers(self, said: Said, likelihood: Tensor | None, masks: Masks) -> Answers:
+        texts, tokens = [self.answer_text(ids) for ids in said.tokens], [list(ids) for ids in said.tokens]
+        return Answers(texts, tokens, likelihood, masks, list(said.generated), said.cut)
 
     def log_likelihood(self, encoding: Encoding, masks: Masks, answers: Sequence[str]) -> Tensor:
         """Log-probability of each row's answer text under its plan, (B,) float32 (summed over its tokens)."""
@@ -254,22 +256,13 @@ class Backbone(QueryEncoder):
         rope_BtR = (next_rope_B[:, None] + steps)[..., None].expand(-1, -1, components)
         return self.model.lm_head(self.decoder.extend(self.decoder.model.embed_tokens(ids_Bt), rope_BtR, kv))
 
-    def _generate(
-        self, logits_BV: Tensor, max_new_tokens: int, encoding: Encoding, kv: KVCache | None
-    ) -> Iterator[list[list[int]]]:
-        """The ids of all answers after each step, in lists that grow."""
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        answers: list[list[int]] = [[] for _ in range(len(logits_BV))]
-        open_rows = [True] * len(answers)
-        for step in range(max_new_tokens):
+    def _generate(self, logits_BV: Tensor, said: Said, encoding: Encoding, kv: KVCache | None) -> Iterator[Said]:
+        """All answers after each step."""
+        for step in range(max(said.room)):
             next_B = logits_BV.argmax(-1)
-            for row, token in enumerate(next_B.tolist()):
-                open_rows[row] = open_rows[row] and token not in ends
-                if open_rows[row]:
-                    answers[row].append(token)
-            yield answers
-            if not any(open_rows) or step + 1 == max_new_tokens:
+            said.add(next_B.tolist())
+            yield said
+            if not any(said.open):
                 return
             assert kv is not None
             logits_BV = self.extend(next_B[:, None], encoding.next_rope_B + step, kv)[:, 0]
@@ -291,7 +284,7 @@ class Backbone(QueryEncoder):
         shape = self.decoder.shape
         masks = replace(masks, tokens=masks.tokens & encoding.visual_valid_BN)
         n_BL = self.sequence_lengths(encoding, masks)
-        answer = self.expected_answer_tokens if new_tokens is None else new_tokens
+        answer = encoding.expected_tokens if new_tokens is None else new_tokens
         making_B = making_flops(shape, masks, encoding.visual_valid_BN.sum(1), encoding.text_tokens + masks.appended)
         return Cost(
             vision=encoding.vision_flops_B,
@@ -300,6 +293,16 @@ class Backbone(QueryEncoder):
             prefill=shape.prefill(masks, n_BL),
             decode=shape.decode(masks, n_BL, answer),
         )
+
+    def affordable_tokens(self, encoding: Encoding, masks: Masks, limit: Limit, most: int) -> Tensor:
+        """(B,) int64 tokens, from 1 to ``most``, that each answer may have, the one that ends it included, so that it
+        costs no more than its limit under its plan; 1 where even that costs more."""
+        low_B, high_B = torch.ones_like(limit.flops_B), torch.full_like(limit.flops_B, most)
+        while bool((low_B < high_B).any()):
+            middle_B = (low_B + high_B + 1) // 2
+            fits_B = self.cost(encoding, masks, limit.controller, middle_B).llm <= limit.flops_B
+            low_B, high_B = torch.where(fits_B, middle_B, low_B), torch.where(fits_B, high_B, middle_B - 1)
+        return low_B
 
     def visual_counts(self, masks: Masks) -> Tensor:
         """(B, L) visual tokens in each layer under restricted plans."""

@@ -114,6 +114,8 @@ class Encoding:
         next_rope_B: rotary position of the first answer token.
         vision_flops_B: FLOPs of the vision tower.
         projector_flops_B: FLOPs of the projector.
+        expected_tokens: answer length at which plans for these queries are priced, the token that ends it included: one
+            number for all, or (B,) int64. By their questions; their own answers have no part in it.
         ids: the queries' ids.
         answers: the queries' accepted answers.
         saliency: by signal, what the vision tower was asked of all images.
@@ -130,6 +132,7 @@ class Encoding:
     next_rope_B: Tensor
     vision_flops_B: Tensor
     projector_flops_B: Tensor
+    expected_tokens: int | Tensor = 1
     ids: list[str] = field(default_factory=list)
     answers: list[tuple[str, ...]] = field(default_factory=list)
     saliency: dict[str, Saliency] = field(default_factory=dict)
@@ -147,6 +150,8 @@ class Encoding:
         picked = rows.tolist()
 
         def pick(value: Any) -> Any:
+            if isinstance(value, int):
+                return value
             if isinstance(value, dict):
                 return {signal: part.rows(rows) for signal, part in value.items()}
             return value[rows] if isinstance(value, Tensor) else [value[row] for row in picked] if value else []

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from maskgym.backbones.encoding import LOOKED_UP, EncodedImage, Encoding, Query
 from maskgym.backbones.errors import InputError, query_named
+from maskgym.backbones.expected_length import Expected, expected_tokens
 from maskgym.backbones.family import Family
 from maskgym.backbones.masks import MaskLayout
 from maskgym.backbones.saliency import SIGNALS, stack
@@ -38,12 +39,15 @@ class QueryEncoder:
 
     Attributes:
         signals: what the vision tower is asked of every image.
+        expected_answer_tokens: answer length that encodings expect, by their questions:
+            ``maskgym.backbones.expected_length``.
     """
 
-    def __init__(self, family: Family, layout: MaskLayout):
+    def __init__(self, family: Family, layout: MaskLayout, expected_answer_tokens: Expected = 1):
         self.family, self.layout = family, layout
         self.model, self.processor = family.model, family.processor
         self.signals: set[str] = set()
+        self.expected_answer_tokens = expected_answer_tokens
         self._one_by_one = RLock()  # tokenizers change as they pad, and what the tower says is heard through hooks
         self.prompt_ids = lru_cache(LOOKED_UP)(self._tokenize_prompt)
         self._answer_ids = lru_cache(LOOKED_UP)(self._tokenize_answer)
@@ -230,6 +234,7 @@ class QueryEncoder:
             next_rope_B=rope_BSR.amax((1, 2)) + 1,
             vision_flops_B=torch.tensor([image.vision_flops for image in images], device=device),
             projector_flops_B=torch.tensor([image.projector_flops for image in images], device=device),
+            expected_tokens=expected_tokens(self.expected_answer_tokens, questions, device),
             ids=ids or [],
             answers=answers or [],
             saliency=stack([image.saliency for image in images], self.layout.tokens),

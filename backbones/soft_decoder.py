@@ -112,7 +112,7 @@ def soft_llm_flops(backbone: Backbone, encoding: Encoding, gates: Gates, control
     shape = backbone.decoder.shape
     tokens_B = (gates.tokens.double() * encoding.visual_valid_BN).sum(1) + encoding.text_tokens
     double = Gates(gates.tokens.double(), gates.heads.double(), gates.layers.double())
-    llm_B = shape.prefill(double, tokens_B) + shape.decode(double, tokens_B, backbone.expected_answer_tokens)
+    llm_B = shape.prefill(double, tokens_B) + shape.decode(double, tokens_B, encoding.expected_tokens)
     return llm_B + controller
 
 

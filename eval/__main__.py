@@ -28,6 +28,7 @@ from maskgym.eval.failures import working
 from maskgym.eval.gpu import Gpu
 from maskgym.eval.latency import calibrate, device_name, measure
 from maskgym.eval.policies import backbone_of, load_planner, load_planners, with_layout
+from maskgym.eval.pricing import Pricing
 from maskgym.eval.question_only import QuestionOnly, question_only_accuracy
 from maskgym.eval.scale_out import ScaleOut
 from maskgym.eval.search_static import SearchStatic
@@ -37,7 +38,7 @@ from maskgym.policies.keep import check_share
 
 
 @dataclass
-class Run(cli.Placement, Answering):
+class Run(cli.Placement, Pricing, Answering):
     """Evaluate policies over queries and budgets; prints a table.
 
     Example: python -m maskgym.eval run runs/rl full random --data easy-vqa --budgets 0.25 0.5
@@ -56,6 +57,9 @@ class Run(cli.Placement, Answering):
     """train, validation or test."""
     budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Shares of the full plan's LLM FLOPs, in (0, 1]."""
+    hard_budgets: bool = False
+    """Cut an answer that is longer than priced where its budget has no room for another token; by default it goes on,
+    and what it spends is reported."""
     keep: tuple[float, ...] = ()
     """Shares of the visual tokens to keep, in (0, 1], in place of --budgets; for policies that choose by count."""
     merge: bool = False
@@ -88,13 +92,15 @@ class Run(cli.Placement, Answering):
         self._check()
         backbone = self.load(*backbone_of(list(self.policies), self.backbone))
         model = load_latency_model(self.latency_model, backbone) if self.latency_model is not None else None
+        queries = load_queries(self.data, self.split, self.limit)
+        self.price(backbone, self.data, queries, self.policies, self.max_new_tokens)
         policies = [with_layout(policy, self.merge, self.positions) for policy in self.policies]
         planners = load_planners(policies, backbone, self.seed, self.milliseconds, model, self.keep)
-        bank = EncodingBank(backbone, load_queries(self.data, self.split, self.limit))
+        bank = EncodingBank(backbone, queries)
         say_cuts(backbone, [bank.source], self.max_new_tokens)
         records: list[Record] = []
         left_out: dict[str, str] = {}
-        how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict}
+        how = {"max_new_tokens": self.max_new_tokens, "strict": self.strict, "hard": self.hard_budgets}
         for planner in planners:
             found, gaps = outcomes_met(planner, backbone, bank, self.budgets, self.seed, **how)
             left_out |= {f"{planner.name} at {budget:g}": reason for budget, reason in gaps.items()}
@@ -120,6 +126,9 @@ class Run(cli.Placement, Answering):
         if self.keep and self.milliseconds:
             raise cli.InputError("--keep and --milliseconds both stand in place of --budgets; give one of them")
         self.check_cut()
+        self.check_price()
+        if self.hard_budgets and (self.keep or self.milliseconds):
+            raise cli.InputError("--hard-budgets has no effect with --keep or --milliseconds; leave it out")
         if self.timing < 0:
             raise cli.InputError(f"--timing is {self.timing}; give a number of queries, such as 20, or 0")
         if self.milliseconds and self.latency_model is None:
@@ -132,7 +141,7 @@ class Run(cli.Placement, Answering):
 
 
 @dataclass
-class Latency(cli.Placement):
+class Latency(cli.Placement, Pricing):
     """Time policies part by part on this device; with --out, also calibrate a model of the prefill's time.
 
     Encode is image processing and vision tower, controller what chooses the plan, prefill the language model up to the
@@ -166,8 +175,10 @@ class Latency(cli.Placement):
     def run(self) -> None:
         self._check()
         backbone = self.load(*backbone_of(list(self.policies), self.backbone))
+        source = load_queries(self.data, self.split)
+        self.price(backbone, self.data, source, self.policies)
         planners = [load_planner(policy, backbone, self.seed) for policy in self.policies]
-        queries = first_queries(EncodingBank(backbone, load_queries(self.data, self.split)), self.queries)
+        queries = first_queries(EncodingBank(backbone, source), self.queries)
         batches = [queries[start : start + self.batch_size] for start in range(0, len(queries), self.batch_size)]
         rows = []
         for planner in tqdm(planners, desc="timing", unit="policy"):
@@ -184,6 +195,7 @@ class Latency(cli.Placement):
 
     def _check(self) -> None:
         check_budgets(self.budgets)
+        self.check_price()
         for option in ("queries", "batch_size", "repeats"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
@@ -191,7 +203,7 @@ class Latency(cli.Placement):
 
 
 @dataclass
-class Elasticity(cli.Placement, Answering):
+class Elasticity(cli.Placement, Pricing, Answering):
     """How gradually a VLM loses accuracy when parts are dropped, and how much a good choice of parts could win.
 
     Prints the full plan's accuracy by kind of question beside that of a model that never sees the image; accuracy under
@@ -219,11 +231,13 @@ class Elasticity(cli.Placement, Answering):
     def run(self) -> None:
         cli.check_output("--json", self.json)
         self.check_cut()
+        self.check_price()
         for option in ("plans", "oracle_queries"):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         backbone = self.load(self.backbone)
         train, test = (load_queries(self.data, split) for split in ("train", "test"))
+        self.price(backbone, self.data, test, max_new_tokens=self.max_new_tokens)
         bank, test = working(backbone, test.spread(self.limit))
         cut = self.max_new_tokens
         say_cuts(backbone, [test], cut)

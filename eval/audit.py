@@ -27,13 +27,14 @@ from maskgym.eval.elasticity import room_for_choice
 from maskgym.eval.evaluate import Record, check_budgets, evaluate, outcomes
 from maskgym.eval.failures import working
 from maskgym.eval.policies import backbone_of, load_planner
+from maskgym.eval.pricing import Pricing
 from maskgym.eval.report import markdown
 from maskgym.policies.baselines import Planner, notes_of, signals_of
 from maskgym.policies.projection import project
 
 
 @dataclass
-class Audit(cli.Placement, Answering):
+class Audit(cli.Placement, Pricing, Answering):
     """Hold a policy against controls that take from it what it claims to use.
 
     Its plans are made from another query's image, from another question, and replaced by one plan of equal cost for
@@ -69,11 +70,12 @@ class Audit(cli.Placement, Answering):
         check_budgets(self.budgets)
         cli.check_output("--json", self.json)
         self.check_cut()
+        self.check_price()
         if self.plans < 0:
             raise cli.InputError(f"--plans is {self.plans}; give a number of plans, or 0")
         backbone = self.load(*backbone_of([self.policy], self.backbone))
-        queries = load_queries(self.data, self.split)
-        queries = queries.spread(self.limit)
+        queries = load_queries(self.data, self.split).spread(self.limit)
+        self.price(backbone, self.data, queries, [self.policy], self.max_new_tokens)
         planner = load_planner(self.policy, backbone, self.seed)
         if not planner.budgeted:
             raise cli.InputError(f"policy {self.policy!r} does not follow budgets; name one that does")

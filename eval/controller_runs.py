@@ -21,6 +21,7 @@ from maskgym.eval.answering import Answering
 from maskgym.eval.cli import Placement
 from maskgym.eval.clock import TrainingClock, throughput
 from maskgym.eval.evaluate import Record, check_budgets, outcomes_met
+from maskgym.eval.pricing import Pricing
 from maskgym.eval.runs import RunFolder
 from maskgym.eval.settling import Settling
 from maskgym.eval.timing import first_queries
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class ControllerRunConfig(Placement, Answering):
+class ControllerRunConfig(Placement, Pricing, Answering):
     """Options of every training of a controller."""
 
     backbone: str = "tiny"
@@ -126,6 +127,8 @@ class ControllerRunConfig(Placement, Answering):
         check_axes(self.axes)
         check_budgets(self.test_budgets)
         self.check_cut()
+        self.check_price()
+        self._price_as_begun()
         check_max_failed("--max-failed", self.max_failed)
         if "tokens" not in self.axes and self.merge:
             raise InputError(f"--merge has no effect where --axes are {' '.join(self.axes)}; leave it out")
@@ -145,6 +148,18 @@ class ControllerRunConfig(Placement, Answering):
             if not getattr(self, name) > 0:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is {getattr(self, name):g}; it must be above 0")
+
+    def _price_as_begun(self) -> None:
+        """A run that is resumed, and was begun by a version without the option, goes on at one token."""
+        if self.resume and self.answer_tokens is None and RunFolder(self.out).is_run():
+            self.answer_tokens = RunFolder(self.out).config().get("answer_tokens", 1)
+
+    def load_priced(self) -> Backbone:
+        """The backbone, with the answer length that plans are priced at."""
+        backbone = self.load(self.backbone)
+        validation = load_queries(self.data, "validation")
+        self.price(backbone, self.data, validation, max_new_tokens=self.max_new_tokens)
+        return backbone
 
     def check_at_least_one(self, *names: str) -> None:
         for name in names:

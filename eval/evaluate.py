@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from maskgym.backbones.answers import Limit
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding, EncodingBank
 from maskgym.backbones.errors import InputError, as_python
@@ -94,13 +95,16 @@ def outcomes(
     max_new_tokens: int | None = None,
     progress: bool = True,
     strict: bool = False,
+    hard: bool = False,
 ) -> list[Outcome]:
     """One outcome per budget, over all queries of the bank but those that fail; these are reported and counted.
 
     A benchmark's official scores are in the record's ``parts``, by part of the data set and metric. Where answers may
-    have several tokens, the record says where they were cut, how many they had (``answer_tokens``), and the share of
-    the full plan's LLM FLOPs, which are priced at the expected length, that plans spent with them
-    (``spent_llm_flops_ratio``); and, unless a rule scores them, their mean ``f1`` (``maskgym.envs.scoring.token_f1``).
+    have several tokens, the record says where they were cut; how many they had (``answer_tokens``), and how many, with
+    the one that ends it, plans were priced at (``expected_tokens``); the share of the full plan's LLM FLOPs, so priced,
+    that was spent with all tokens that were generated (``spent_llm_flops_ratio``); the shares of answers that were
+    longer than priced (``longer_than_priced``), that spent more than their budget (``overspent``), and that were
+    ``cut`` before; and, unless a rule scores them, their mean ``f1`` (``maskgym.envs.scoring.token_f1``).
 
     Args:
         planner: chooses the plans; its notes go into its records. The record of a ``MillisecondPlanner`` also has the
@@ -113,6 +117,8 @@ def outcomes(
         max_new_tokens: answers are cut there; by default as ``maskgym.envs.answer_length.cut_of`` has it.
         progress: whether to show a progress bar.
         strict: whether a query that fails is an error.
+        hard: whether an answer is cut where its budget has no room for another token. A planner without budgets has no
+            such limit, and one with budgets in milliseconds none in FLOPs.
 
     Raises:
         InputError: a budget outside (0, 1], no query that does not fail, or, if strict, one that does.
@@ -135,7 +141,7 @@ def outcomes(
             answered += valid
             for parts, texts, budget in zip(measured, said, budgets, strict=True):
                 if encoding is not None:
-                    columns, own = _measure(planner, backbone, encoding, budget, cut, scores)
+                    columns, own = _measure(planner, backbone, encoding, budget, cut, scores, hard)
                     parts.append(columns)
                     texts += own
                 bar.update(len(numbers))
@@ -153,22 +159,30 @@ def outcomes(
 
 
 def _measure(
-    planner: Planner, backbone: Backbone, encoding: Encoding, budget: float, max_new_tokens: int, scores: Scores
+    planner: Planner,
+    backbone: Backbone,
+    encoding: Encoding,
+    budget: float,
+    max_new_tokens: int,
+    scores: Scores,
+    hard: bool,
 ) -> tuple[Columns, list[str]]:
     """What records summarise, each (B,), and the answers."""
     budgets_B = torch.full((len(encoding),), budget, dtype=torch.float64, device=backbone.device)
     masks, columns = _plan(planner, encoding, budgets_B)
-    answers = backbone.answer(encoding, masks, max_new_tokens)
-    masks = answers.masks
     controller = planner.controller_flops(encoding)
-    cost = backbone.cost(encoding, masks, controller)
     full = backbone.cost(encoding, backbone.full(encoding))
+    limits_B = budget_flops(budgets_B, full.llm)
+    limit = Limit(limits_B, controller) if hard and _in_flops(planner) else None
+    answers = backbone.answer(encoding, masks, max_new_tokens, limit=limit)
+    masks = answers.masks
+    cost = backbone.cost(encoding, masks, controller)
     pairs = list(zip(answers.texts, encoding.answers, strict=True))
     columns = {
         **{name: torch.tensor([each(text, accepted) for text, accepted in pairs]) for name, each in scores.items()},
         "llm_flops_ratio": cost.llm / full.llm,
         "total_flops_ratio": cost.total / full.total,
-        "violations": cost.llm > budget_flops(budgets_B, full.llm),
+        "violations": cost.llm > limits_B,
         "kept_tokens": backbone.visual_counts(masks).double().mean(1),
         "kept_heads": masks.effective_heads.sum((1, 2)),
         "kept_layers": masks.layers.sum(1),
@@ -176,9 +190,21 @@ def _measure(
     }
     if max_new_tokens > 1:
         columns["answer_tokens"] = torch.tensor([len(ids) for ids in answers.tokens], device=backbone.device)
-        spent = backbone.cost(encoding, masks, controller, columns["answer_tokens"])
+        spent_B, expected_B = answers.spent_tokens, torch.as_tensor(encoding.expected_tokens, device=backbone.device)
+        spent = backbone.cost(encoding, masks, controller, spent_B)
+        columns["expected_tokens"] = expected_B.expand(len(encoding))
         columns["spent_llm_flops_ratio"] = spent.llm / full.llm
+        columns["longer_than_priced"] = spent_B > expected_B
+        if _in_flops(planner):
+            columns["overspent"] = spent.llm > limits_B
+        if limit is not None:
+            columns["cut"] = torch.tensor(answers.cut)
     return {name: column.double().cpu().numpy() for name, column in columns.items()}, answers.texts
+
+
+def _in_flops(planner: Planner) -> bool:
+    """Whether a planner's budgets are shares of FLOPs, and it has budgets at all."""
+    return planner.budgeted and not isinstance(planner, MillisecondPlanner)
 
 
 def _plan(planner: Planner, encoding: Encoding, budgets_B: Tensor) -> tuple[Masks, dict[str, Tensor]]:

@@ -17,10 +17,11 @@ from typing import Any
 
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.errors import InputError
+from maskgym.backbones.expected_length import Expected, described
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.naming import import_dotted, parse_options
 from maskgym.eval.runs import RunFolder
-from maskgym.eval.saved import described_backbone, followed, is_saved, load_saved_controller
+from maskgym.eval.saved import described_backbone, expected_by, followed, is_saved, load_saved_controller
 from maskgym.policies.baselines import BASELINES, Planner
 from maskgym.policies.chain import THEN, ChainPlanner
 from maskgym.policies.keep import KeepPlanner
@@ -39,8 +40,7 @@ def backbone_of(policies: Sequence[str], backbone: str | None) -> tuple[str, dic
     Raises:
         InputError: folders for different backbones, or saved with different options.
     """
-    parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
-    folders = [Path(part) for part in parts if part not in BASELINES and os.path.exists(part)]
+    folders = _folders(policies)
     options = {str(folder): described_backbone(folder)[1] for folder in folders if is_saved(folder)}
     first, own = next(iter(options.items()), ("", {}))
     other = next((folder for folder, theirs in options.items() if theirs != own), None)
@@ -57,6 +57,31 @@ def backbone_of(policies: Sequence[str], backbone: str | None) -> tuple[str, dic
             "these are copies of one, name it by --backbone"
         )
     return names[0] if names else "tiny", own
+
+
+def expectation_of(policies: Sequence[str]) -> Expected | None:
+    """The answer length that the folders' controllers priced plans at; None: no folder is among the policies.
+
+    Raises:
+        InputError: they differ.
+    """
+    found = {str(folder): expected_by(folder) for folder in _folders(policies)}
+    if not found:
+        return None
+    first, expected = next(iter(found.items()))
+    other = next((folder for folder, theirs in found.items() if theirs != expected), None)
+    if other is None:
+        return expected
+    raise InputError(
+        f"{first!r} and {other!r} were trained with plans priced at different answer lengths, {described(expected)} "
+        f"and {described(found[other])}; give --answer-tokens, or evaluate them one by one"
+    )
+
+
+def _folders(policies: Sequence[str]) -> list[Path]:
+    """Those with a controller, of all parts of the policies."""
+    parts = [split_variants(part)[0] for policy in policies for part in policy.split(THEN)]
+    return [Path(part) for part in parts if part not in BASELINES and os.path.exists(part)]
 
 
 def split_variants(policy: str) -> tuple[str, list[str]]:

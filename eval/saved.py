@@ -11,11 +11,12 @@ import torch
 
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.errors import InputError
+from maskgym.backbones.expected_length import Expected, check_expected
 from maskgym.backbones.loading import EMBEDDED, load_backbone
 from maskgym.backbones.lora import holds_adapters
 from maskgym.backbones.plain_files import MALFORMED, read_json
 from maskgym.eval.runs import RunFolder
-from maskgym.policies.learned import Controller, load_controller
+from maskgym.policies.learned import EXPECTED, Controller, expectation_in, load_controller
 
 DESCRIPTION, MODEL = "adaptive.json", "model"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -41,11 +42,20 @@ def described_backbone(folder: Path) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{str(file)!r} is not readable ({error!r}); save the controller again") from error
         return str(folder / MODEL) if name == MODEL else name, options
     if RunFolder(folder).is_run():
-        return RunFolder(folder).backbone(), {}
+        return RunFolder(folder).backbone(), expectation_in(folder)
     raise InputError(
         f"{str(folder)!r} is neither a run folder (no config.yaml) nor what save_pretrained wrote (no "
         f"{DESCRIPTION}); give the path of one of these"
     )
+
+
+def expected_by(folder: Path) -> Expected:
+    """The answer length that a folder's controller priced plans at.
+
+    Raises:
+        InputError: as ``described_backbone``; or one that is none.
+    """
+    return check_expected(described_backbone(folder)[1].get(EXPECTED, 1))
 
 
 def followed(folder: Path, name: str) -> str:

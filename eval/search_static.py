@@ -10,6 +10,7 @@ from maskgym.backbones import Backbone
 from maskgym.envs import load_queries
 from maskgym.eval import cli, report
 from maskgym.eval.failures import working
+from maskgym.eval.pricing import Pricing
 from maskgym.policies.static.search import SearchSettings, search_order
 from maskgym.policies.static.searched import SearchedOrder
 
@@ -17,7 +18,7 @@ BATCH = 128
 
 
 @dataclass
-class SearchStatic(cli.Placement):
+class SearchStatic(cli.Placement, Pricing):
     """Search for the order in which tokens, head slots and layers may leave for every query alike.
 
     The policy static:plan=FILE then drops in that order until a plan fits its budget. Each step drops what moves the
@@ -46,8 +47,11 @@ class SearchStatic(cli.Placement):
             if getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
         cli.check_output("--out", self.out)
+        self.check_price()
+        backbone = self.load(self.backbone)
+        self.price(backbone, self.data, load_queries(self.data, self.split))
         settings = SearchSettings(self.token_groups, self.tries)
-        found = search(self.load(self.backbone), self.data, self.split, self.queries, settings)
+        found = search(backbone, self.data, self.split, self.queries, settings)
         found.save(self.out)
         print(report.markdown(_at_shares(found.flops, found.divergence)))
         print(f"{len(found.order)} units in order: python -m maskgym.eval run static:plan={self.out}")

@@ -19,13 +19,14 @@ from maskgym.eval import cli, report
 from maskgym.eval.answering import Answering
 from maskgym.eval.evaluate import Record, check_budgets, outcomes_met
 from maskgym.eval.policies import load_planners, split_variants
+from maskgym.eval.pricing import Pricing
 from maskgym.policies.keep import check_share
 
 GRID = Path(__file__).parent / "tuning-grid.txt"
 
 
 @dataclass
-class Tune(cli.Placement, Answering):
+class Tune(cli.Placement, Pricing, Answering):
     """Evaluate settings of baselines on validation queries, and name each baseline's best.
 
     A setting is a policy as eval run takes it; those whose names begin alike, up to the first : or @, are settings of
@@ -61,10 +62,12 @@ class Tune(cli.Placement, Answering):
             check_share(share)
         cli.check_output("--json", self.json)
         self.check_cut()
+        self.check_price()
         policies = self.policies or read_grid(self.grid)
         backbone, queries = self.load(self.backbone), load_queries(self.data, self.split)
         bank = EncodingBank(backbone, queries.spread(self.limit))
         cut = self.max_new_tokens
+        self.price(backbone, self.data, queries, policies, cut)
         say_cuts(backbone, [queries], cut)
         records, left_out = evaluate_settings(policies, backbone, bank, self.budgets, self.keep, self.seed, cut)
         if not any(records.values()):

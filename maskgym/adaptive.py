@@ -100,6 +100,7 @@ class AdaptiveVLM:
         latency_ms: float | None = ...,
         max_new_tokens: int = ...,
         stream: Literal[False] = ...,
+        hard: bool = ...,
     ) -> Reply: ...
 
     @overload
@@ -111,6 +112,7 @@ class AdaptiveVLM:
         latency_ms: float | None = ...,
         max_new_tokens: int = ...,
         stream: Literal[False] = ...,
+        hard: bool = ...,
     ) -> list[Reply]: ...
 
     @overload
@@ -123,6 +125,7 @@ class AdaptiveVLM:
         max_new_tokens: int = ...,
         *,
         stream: Literal[True],
+        hard: bool = ...,
     ) -> Stream: ...
 
     def generate(
@@ -133,6 +136,7 @@ class AdaptiveVLM:
         latency_ms: float | None = None,
         max_new_tokens: int = 32,
         stream: bool = False,
+        hard: bool = False,
     ) -> Reply | list[Reply] | Stream:
         """Answer one question, or a batch, each within its own budget.
 
@@ -144,6 +148,8 @@ class AdaptiveVLM:
             latency_ms: milliseconds of each query's prefill, in place of ``budget``.
             max_new_tokens: answers are cut there.
             stream: give the pieces of one answer as they come.
+            hard: also cut an answer where its ``budget`` has no room for another token. Plans are priced at the length
+                that is expected of the answer; by default one that is longer goes on.
 
         Returns:
             A ``Reply``, a list of B, or a ``Stream``.
@@ -158,11 +164,13 @@ class AdaptiveVLM:
             given = len(questions) if isinstance(questions, list) else f"a {type(questions).__name__}"
             raise InputError(f"stream=True is for one question; {given} were given: ask them one by one")
         check_count("max_new_tokens", max_new_tokens)
+        if hard and latency_ms is not None:
+            raise InputError("hard=True is for budgets in FLOPs, and has no effect with latency_ms; leave it out")
         queries = _queries(images, questions)
         planned = self._plan(queries, budget, latency_ms)
         if stream:
-            return Stream(planned, max_new_tokens)
-        replies = planned.answer(max_new_tokens)
+            return Stream(planned, max_new_tokens, hard)
+        replies = planned.answer(max_new_tokens, hard)
         return replies[0] if one else replies
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **options: Any) -> list[Record]:
@@ -171,7 +179,7 @@ class AdaptiveVLM:
         Args:
             images: one, or B; or dicts that hold the texts too.
             text: one, or B.
-            **options: of ``generate``: budget, latency_ms, max_new_tokens.
+            **options: of ``generate``: budget, latency_ms, max_new_tokens, hard.
 
         Returns:
             For each query a dict of ``input_text``, ``generated_text`` and the figures of its ``Reply``.

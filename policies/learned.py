@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from maskgym.backbones.atomic import write_atomically, write_json
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError
+from maskgym.backbones.expected_length import check_expected, described
 from maskgym.backbones.fingerprint import fingerprint
 from maskgym.backbones.masks import Masks
 from maskgym.backbones.plain_files import MALFORMED, check_inside, read_json
@@ -26,6 +28,8 @@ from maskgym.policies.decisions import Decider
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
 MADE_FOR = "backbone_fingerprint"
 """In ``controller.json``: fingerprint of the weights that it was trained for. Older files lack it and go unchecked."""
+EXPECTED = "expected_answer_tokens"
+"""In ``controller.json``: the answer length that plans were priced at, where it was not one token."""
 
 
 class ControllerPlanner:
@@ -67,12 +71,15 @@ def planner_of(controller: Controller, backbone: Backbone, name: str) -> Planner
 
 
 def save_controller(controller: Controller, folder: Path, backbone: Backbone) -> None:
-    """Write ``controller.safetensors`` and ``controller.json``; the latter names the backbone's weights, too."""
+    """Write ``controller.safetensors`` and ``controller.json``; the latter names the backbone's weights and the answer
+    length that it prices plans at, too."""
     kind = next(name for name, (_, module) in _KINDS.items() if type(controller) is module)
     weights = save({name: tensor.contiguous() for name, tensor in controller.state_dict().items()})
     write_atomically(folder / WEIGHTS, weights)
-    described = {"kind": kind, **controller.config_dict(), MADE_FOR: fingerprint(backbone.model)}
-    write_json(folder / SIZES, described)
+    sizes = {"kind": kind, **controller.config_dict(), MADE_FOR: fingerprint(backbone.model)}
+    if backbone.expected_answer_tokens != 1:
+        sizes[EXPECTED] = backbone.expected_answer_tokens
+    write_json(folder / SIZES, sizes)
 
 
 def load_controller(
@@ -98,9 +105,10 @@ def load_controller(
     try:
         sizes: dict[str, Any] = read_json(folder / SIZES)
         make_config, make = _KINDS[sizes.pop("kind", "two-level")]
-        made_for = sizes.pop(MADE_FOR, None)
+        made_for, expected = sizes.pop(MADE_FOR, None), sizes.pop(EXPECTED, 1)
         config = make_config(**sizes)
         shapes = tensor_shapes(folder / WEIGHTS)
+        expected = check_expected(expected)
     except MALFORMED as error:
         raise InputError(f"no readable controller in {str(folder)!r} ({error}); is it a finished run?") from error
     layout = backbone.layout
@@ -128,7 +136,25 @@ def load_controller(
         )
     controller = make(config)
     controller.load_state_dict(weights)
+    if expected != backbone.expected_answer_tokens and not any_weights:
+        here = described(backbone.expected_answer_tokens)
+        print(
+            f"the controller in {str(folder)!r} was trained with plans priced at {described(expected)} an answer; here "
+            f"they are priced at {here}",
+            file=sys.stderr,
+        )
     return controller
+
+
+def expectation_in(folder: Path) -> dict[str, Any]:
+    """The option of a backbone that prices plans as a folder's controller was trained; none where it is the default, or
+    where there is no readable controller yet."""
+    try:
+        check_inside(folder / SIZES, folder)
+        sizes: dict[str, Any] = read_json(folder / SIZES)
+        return {EXPECTED: sizes[EXPECTED]} if EXPECTED in sizes else {}
+    except MALFORMED:
+        return {}
 
 
 def _shapes(make: Callable[..., Controller], config: Any) -> dict[str, tuple[int, ...]] | None:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgym.backbones.backbone import Answers, Backbone
+from maskgym.backbones.answers import Answers, Limit
+from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding, Query
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.masks import Masks
 from maskgym.policies.baselines import Planner
 from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.projection import budget_flops
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Reply:
         kept_heads: head slots in layers that were run.
         kept_layers: layers that were run.
         predicted_ms: milliseconds of the prefill, by a latency model; None without one.
+        cut: whether the budget was hard, and had no room for the answer's next token.
     """
 
     text: str
@@ -49,6 +52,7 @@ class Reply:
     kept_heads: int
     kept_layers: int
     predicted_ms: float | None = None
+    cut: bool = False
 
     def figures(self) -> dict[str, Any]:
         """All but text and plan, by name."""
@@ -112,40 +116,38 @@ class Planned:
             masks = planner.plan(encoding, budgets_B)
         return cls(planner, backbone, encoding, masks, budgets_B, latency_model)
 
-    def answer(self, max_new_tokens: int) -> list[Reply]:
-        """The B replies."""
-        return self.replies(self.backbone.answer(self.encoding, self.masks, max_new_tokens), max_new_tokens)
+    def limit(self) -> Limit:
+        """What answers may cost where budgets are hard."""
+        flops_B = budget_flops(self.budgets_B, self.backbone.full_llm_flops(self.encoding))
+        return Limit(flops_B, self.planner.controller_flops(self.encoding))
 
-    def replies(self, answers: Answers, max_new_tokens: int | None = None) -> list[Reply]:
-        """What answers to these plans took.
+    def answer(self, max_new_tokens: int, hard: bool = False) -> list[Reply]:
+        """The B replies, if budgets are hard cut where these have no room for another token."""
+        limit = self.limit() if hard else None
+        return self.replies(self.backbone.answer(self.encoding, self.masks, max_new_tokens, limit=limit))
 
-        Args:
-            answers: to the B queries.
-            max_new_tokens: where they were cut: one that is shorter has ended by a token of its own; None: they were
-                given, not generated.
-        """
+    def replies(self, answers: Answers) -> list[Reply]:
+        """What answers to the B queries, under these plans, took."""
         backbone, encoding, masks = self.backbone, self.encoding, answers.masks
         controller = self.planner.controller_flops(encoding)
-        lengths_B = torch.tensor([len(ids) for ids in answers.tokens], device=backbone.device)
-        if max_new_tokens is not None:
-            lengths_B = (lengths_B + 1).clamp_max(max_new_tokens)
         cost = backbone.cost(encoding, masks, controller)
         columns: dict[str, Tensor] = {
             "budget": self.budgets_B,
             "llm_flops_ratio": cost.llm / backbone.full_llm_flops(encoding),
             "llm_flops": cost.llm,
             "total_flops": cost.total,
-            "spent_llm_flops": backbone.cost(encoding, masks, controller, lengths_B).llm,
+            "spent_llm_flops": backbone.cost(encoding, masks, controller, answers.spent_tokens).llm,
             "kept_tokens": backbone.visual_counts(masks).double().mean(1),
             "kept_heads": masks.effective_heads.sum((1, 2)),
             "kept_layers": masks.layers.sum(1),
         }
         if self.latency_model is not None:
             columns["predicted_ms"] = self.latency_model.predict(backbone, encoding, masks)
+        cuts = answers.cut or [False] * len(answers.texts)
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [
-            Reply(text, masks[row : row + 1].to("cpu"), **dict(zip(columns, figures, strict=True)))
-            for row, (text, figures) in enumerate(zip(answers.texts, rows, strict=True))
+            Reply(text, masks[row : row + 1].to("cpu"), cut=cut, **dict(zip(columns, figures, strict=True)))
+            for row, (text, cut, figures) in enumerate(zip(answers.texts, cuts, rows, strict=True))
         ]
 
 
@@ -155,14 +157,15 @@ class Stream:
     Args:
         planned: one query.
         max_new_tokens: the answer is cut there.
+        hard: whether it is also cut where the budget has no room for another token.
 
     Attributes:
         reply: None until the answer has ended.
     """
 
-    def __init__(self, planned: Planned, max_new_tokens: int):
+    def __init__(self, planned: Planned, max_new_tokens: int, hard: bool = False):
         self.reply: Reply | None = None
-        self._pieces = self._say(planned, max_new_tokens)
+        self._pieces = self._say(planned, max_new_tokens, planned.limit() if hard else None)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -170,13 +173,13 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _say(self, planned: Planned, max_new_tokens: int) -> Iterator[str]:
+    def _say(self, planned: Planned, max_new_tokens: int, limit: Limit | None) -> Iterator[str]:
         said = ""
-        for answers in planned.backbone.stream(planned.encoding, planned.masks, max_new_tokens):
+        for answers in planned.backbone.stream(planned.encoding, planned.masks, max_new_tokens, limit):
             sure = answers.texts[0].rstrip("\ufffd")  # what a character begun by this token may still replace
             if sure.startswith(said) and sure != said:
                 yield sure[len(said) :]
                 said = sure
-        (self.reply,) = planned.replies(answers, max_new_tokens)
+        (self.reply,) = planned.replies(answers)
         if self.reply.text != said:
             yield self.reply.text[len(said) :]

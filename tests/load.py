@@ -23,7 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
 from maskgym.backbones import Backbone, EncodingBank
-from maskgym.backbones.backbone import Answers
+from maskgym.backbones.answers import Answers, Limit
 from maskgym.backbones.encoding import EncodedImage, Encoding, Query
 from maskgym.backbones.masks import Masks
 from maskgym.envs.queries import DatasetQueries
@@ -106,6 +106,7 @@ class SimulatedVLM(Backbone):
         masks: Masks,
         max_new_tokens: int = 1,
         references: Sequence[str] | None = None,
+        limit: Limit | None = None,
     ) -> Answers:
         kept_B = masks.tokens.float().mean(1)
         right = (torch.rand(len(encoding)) < kept_B).tolist()

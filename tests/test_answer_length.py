@@ -251,9 +251,9 @@ def cuts(monkeypatch):
     """Where answers were cut."""
     found, answer = [], Backbone.answer
 
-    def spy(self, encoding, masks, max_new_tokens=1, references=None):
+    def spy(self, encoding, masks, max_new_tokens=1, references=None, limit=None):
         found.append(max_new_tokens)
-        return answer(self, encoding, masks, max_new_tokens, references)
+        return answer(self, encoding, masks, max_new_tokens, references, limit)
 
     monkeypatch.setattr(Backbone, "answer", spy)
     return found

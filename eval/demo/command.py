@@ -14,7 +14,7 @@ from maskgym.backbones.encoding import EncodingBank, Query
 from maskgym.envs import load_queries
 from maskgym.eval import cli
 from maskgym.eval.demo.comparison import Comparison
-from maskgym.eval.policies import backbone_of
+from maskgym.eval.policies import backbone_of, expectation_of
 from maskgym.eval.timing import first_queries
 
 PAGE = Path(__file__).parent / "page.py"
@@ -56,6 +56,7 @@ class Demo(cli.Placement):
     def run(self) -> None:
         self._check()
         backbone = self.load(*backbone_of([self.policy], self.backbone))
+        backbone.expected_answer_tokens = expectation_of([self.policy]) or backbone.expected_answer_tokens
         comparison = Comparison(self.policy, backbone, self.seed, self.max_new_tokens)
         source = load_queries(self.data, self.split).spread(self.queries)
         Served.now = Served(comparison, first_queries(EncodingBank(backbone, source), self.queries), self)

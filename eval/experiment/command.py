@@ -25,6 +25,7 @@ from maskgym.eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, sett
 from maskgym.eval.experiment.cells import Cell, attempt, lay_out, measure, measure_times, train
 from maskgym.eval.experiment.jobs import side_by_side
 from maskgym.eval.experiment.report import Report
+from maskgym.eval.pricing import Pricing
 from maskgym.eval.runs import check_place, environment, make_folder
 from maskgym.eval.search_static import search
 from maskgym.eval.tune import GRID, best_settings, evaluate_settings, read_grid
@@ -36,7 +37,7 @@ SEARCH_QUERIES = 512
 
 
 @dataclass
-class Experiment(cli.Placement, Answering):
+class Experiment(cli.Placement, Pricing, Answering):
     """Run one of the three experiments: train what is missing, evaluate it, write records, tables, plots, report.html.
 
     What is there is not done again, so an experiment that was stopped goes on where it was. A cell that fails is marked
@@ -81,7 +82,8 @@ class Experiment(cli.Placement, Answering):
 
     def run(self) -> None:
         head = self._check()
-        backbone, queries = self.load(self.backbone), self._queries()
+        queries = self._queries()
+        backbone = self._priced(queries)
         self._chosen(EXPERIMENTS[self.name](Prepared({}, Path())))
         self._begin(head)
         say_cuts(backbone, [queries], self.max_new_tokens)
@@ -109,6 +111,7 @@ class Experiment(cli.Placement, Answering):
         """
         check_budgets(self.budgets)
         self.check_cut()
+        self.check_price()
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise cli.InputError(f"--seeds {' '.join(map(str, self.seeds))}: give one or more, each once")
         if len(self.budgets) < 2 or len(set(self.budgets)) != len(self.budgets):
@@ -121,8 +124,9 @@ class Experiment(cli.Placement, Answering):
         for option in ("total_queries", "tuning_queries", "jobs", "test_queries"):
             if getattr(self, option) is not None and getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
-        own = ("backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype")
-        head = json.loads(json.dumps({option: getattr(self, option) for option in (*own, "max_new_tokens")}))
+        own = ["backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype"]
+        own += ["max_new_tokens", "answer_tokens"]
+        head = json.loads(json.dumps({option: getattr(self, option) for option in own}))
         head["maskgym"] = environment()["maskgym"]
         file = self.out / HEAD
         check_place(self.out)
@@ -132,6 +136,9 @@ class Experiment(cli.Placement, Answering):
             raise cli.InputError(f"--out {str(self.out)!r} holds something that is no experiment; choose another")
         if file.is_file():
             begun = read_head(file)
+            if "answer_tokens" not in begun:  # of a version that priced all plans at one token
+                begun["answer_tokens"] = 1
+                self.answer_tokens = head["answer_tokens"] = self.answer_tokens or 1
             changed = [option for option in head if begun.get(option) != head[option]]
             if changed:
                 raise cli.InputError(
@@ -204,8 +211,15 @@ class Experiment(cli.Placement, Answering):
             yield cell
 
     def _prepare(self) -> tuple[Backbone, EncodingBank]:
+        queries = self._queries()
+        backbone = self._priced(queries)
+        return backbone, EncodingBank(backbone, queries)
+
+    def _priced(self, queries: DatasetQueries) -> Backbone:
+        """The backbone, with the answer length at which the experiment's trainings price plans, too."""
         backbone = self.load(self.backbone)
-        return backbone, EncodingBank(backbone, self._queries())
+        self.price(backbone, self.data, queries, max_new_tokens=self.max_new_tokens)
+        return backbone
 
     def _attempt(self, cells: Sequence[Cell], prepared: tuple[Backbone, EncodingBank], cell: Cell) -> None:
         attempt(cell, partial(self._work, cell, cells, *prepared))
@@ -230,6 +244,8 @@ class Experiment(cli.Placement, Answering):
         options += ["--device", self.device, "--dtype", self.dtype]
         if self.max_new_tokens is not None:
             options += ["--max-new-tokens", str(self.max_new_tokens)]
+        if self.answer_tokens is not None:
+            options += ["--answer-tokens", str(self.answer_tokens)]
         if self.wandb is not None:
             options += ["--wandb", self.wandb, "--group", self.out.name]
         return options

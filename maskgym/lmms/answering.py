@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from maskgym.backbones.backbone import Answers, Backbone
+from maskgym.backbones.answers import Answers
+from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding
 from maskgym.eval.evaluate import Record, check_budgets
 from maskgym.eval.latency import timed
@@ -98,7 +99,7 @@ class Answering:
             {"answer": request.cut(text), "new_tokens": len(ids)}
             for request, text, ids in zip(requests, answers.texts, answers.tokens, strict=True)
         ]
-        return planned.replies(answers, longest), said
+        return planned.replies(answers), said
 
     def _score(self, requests: Sequence[Request], planned: Planned) -> tuple[list[Reply], list[dict[str, Any]]]:
         """The continuations' log-likelihoods; FLOPs are those of reading them."""

@@ -330,7 +330,7 @@ def run(config: GumbelConfig, folder: RunFolder, began: float) -> None:
         began: time, in seconds.
     """
     tracker = Tracker(config.wandb, folder.path, dataclasses.asdict(config), config.group)
-    backbone = config.load(config.backbone)
+    backbone = config.load_priced()
     trainer = Trainer(config, backbone, RunJournal(config, folder, backbone, tracker, config.estimator))
     if config.resume:
         trainer.restore()

@@ -44,6 +44,7 @@ from maskgym.policies.checkpoints import (
 )
 from maskgym.policies.controller import TwoLevelController
 from maskgym.policies.group_buffer import GroupRolloutBuffer
+from maskgym.policies.learned import EXPECTED
 from maskgym.policies.sb3_policy import FittedVecEnv, TwoLevelPolicy, ratio_sizes
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class RLConfig(ControllerRunConfig):
 
 def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
     """The environment, and the learner on it with the two-level policy."""
-    backbone = config.load(config.backbone)
+    backbone = config.load_priced()
     sizes = config.sizes(backbone)
     options: dict[str, Any] = {
         "data": config.data,
@@ -143,7 +144,8 @@ def build(config: RLConfig) -> tuple[OnPolicyAlgorithm, MaskingVecEnv]:
         "latency_model": None if config.latency_model is None else load_latency_model(config.latency_model, backbone),
     }
     if config.workers:
-        core: MaskingCore = RayCore(config.workers, backbone, partial(config.load, config.backbone), **options)
+        price = {EXPECTED: backbone.expected_answer_tokens}
+        core: MaskingCore = RayCore(config.workers, backbone, partial(config.load, config.backbone, price), **options)
     else:
         core = MaskingCore(backbone, **options)
     venv = MaskingVecEnv(core, config.envs, config.plans_per_query)

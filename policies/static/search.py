@@ -75,10 +75,10 @@ class StaticSearch:
 
     def flops(self, bits_KA: Tensor) -> Tensor:
         """(K,) LLM FLOPs of some plans, on the first query."""
-        first, shape = self.encodings[0], self.backbone.decoder.shape
+        first, shape = self.encodings[0].rows(torch.tensor([0])), self.backbone.decoder.shape
         masks = self.layout.unflatten(bits_KA)
-        n_K = (masks.tokens & first.visual_valid_BN[:1]).sum(1) + first.text_tokens[0]
-        return shape.prefill(masks, n_K) + shape.decode(masks, n_K, self.backbone.expected_answer_tokens)
+        n_K = (masks.tokens & first.visual_valid_BN).sum(1) + first.text_tokens
+        return shape.prefill(masks, n_K) + shape.decode(masks, n_K, first.expected_tokens)
 
     def order(self, progress: bool = True) -> tuple[list[list[int]], list[float], list[float]]:
         """The units in the order in which they leave, and share of FLOPs and divergence after each."""
