@@ -7,7 +7,7 @@ from maskgym.backbones import EncodingBank, InputError, Masks
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.survivors import POSITIONS
 from maskgym.eval.policies import load_planner, load_planners, with_layout
-from maskgym.policies.baselines import RandomPlanner, notes_of, signals_of
+from maskgym.policies.baselines import RandomPlanner
 from maskgym.policies.chain import ATTEMPTS, ChainPlanner
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.keep import KeepPlanner
@@ -107,8 +107,8 @@ def test_signals_and_notes_pass_through(small):
     chain = ChainPlanner(laid_out, RandomPlanner(small), small)
     limited = MillisecondPlanner(chain, small, LatencyModel("here", "test", (1.0,) * 5, 0.0), 3.0)
     for planner in (kept, laid_out, chain, limited):
-        assert signals_of(planner) == ("cls-features",) and notes_of(planner)["keep"] == 0.25
-    assert notes_of(limited)["budget_ms"] == 3.0 and signals_of(RandomPlanner(small)) == ()
+        assert planner.signals == ("cls-features",) and planner.notes["keep"] == 0.25
+    assert limited.notes["budget_ms"] == 3.0 and RandomPlanner(small).signals == ()
 
 
 @pytest.mark.parametrize("positions", [None, *POSITIONS])
@@ -139,7 +139,7 @@ def test_a_layout_for_all_policies_leaves_those_alone_that_name_theirs():
 
 def test_shares_make_a_planner_each(small):
     planners = load_planners(["full", "stride", "prumerge", "divprune@merge"], small, 0, keep=(0.5, 0.25))
-    found = [(planner.name, notes_of(planner).get("keep")) for planner in planners]
+    found = [(planner.name, planner.notes.get("keep")) for planner in planners]
     assert found == [
         ("full", None),
         ("stride", 0.5),
@@ -149,7 +149,7 @@ def test_shares_make_a_planner_each(small):
         ("divprune@merge", 0.25),
     ]
     chains = load_planners(["stride then random", "prumerge then random"], small, 0, keep=(0.5,))
-    assert [notes_of(chain) for chain in chains] == [{"keep": 0.5}, {}]
+    assert [chain.notes for chain in chains] == [{"keep": 0.5}, {}]
     with pytest.raises(InputError, match="policy 'random' does not choose visual tokens by count"):
         load_planners(["random"], small, 0, keep=(0.5,))
 
