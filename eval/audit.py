@@ -29,7 +29,7 @@ from maskgym.eval.failures import working
 from maskgym.eval.policies import backbone_of, load_planner
 from maskgym.eval.pricing import Pricing
 from maskgym.eval.report import markdown
-from maskgym.policies.baselines import Planner, notes_of, signals_of
+from maskgym.policies.planner import Planner, PlannerWrapper
 from maskgym.policies.projection import project
 
 
@@ -191,7 +191,7 @@ def swapped(queries: DatasetQueries, backbone: Backbone, seed: int) -> tuple[Swa
     return Swapped(queries, images, everyone), Swapped(queries, everyone, questions)
 
 
-class Misled:
+class Misled(PlannerWrapper):
     """A planner that is shown something else than what is answered.
 
     Args:
@@ -201,21 +201,16 @@ class Misled:
         name: in records.
     """
 
-    budgeted = True
-
     def __init__(self, planner: Planner, seen: EncodingBank, queries: DatasetQueries, name: str):
-        self.planner, self.seen, self.name = planner, seen, name
-        self.signals, self.notes = signals_of(planner), notes_of(planner)
+        super().__init__(planner)
+        self.seen, self.name, self.budgeted = seen, name, True
         self.number = {queries.text(number)[0]: number for number in range(len(queries))}
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         return self.planner.plan(self.seen.gather([self.number[id] for id in encoding.ids]), budgets_B)
 
-    def controller_flops(self, encoding: Encoding) -> int | Tensor:
-        return self.planner.controller_flops(encoding)
 
-
-class ConstantPlanner:
+class ConstantPlanner(Planner):
     """One plan for all queries: what a planner keeps most often, as much as it spends.
 
     Args:
@@ -224,7 +219,7 @@ class ConstantPlanner:
         share: of the LLM FLOPs to spend.
     """
 
-    name, budgeted = "constant plan", True
+    name = "constant plan"
 
     def __init__(self, backbone: Backbone, frequency_A: Tensor, share: float):
         self.backbone, self.frequency_A, self.share = backbone, frequency_A, share
@@ -233,9 +228,6 @@ class ConstantPlanner:
         shares_B = torch.full_like(budgets_B, self.share).double().minimum(budgets_B.double())
         confidence_BA = self.frequency_A.expand(len(encoding), -1)
         return project(self.backbone, self.backbone.full(encoding), confidence_BA, shares_B, encoding)
-
-    def controller_flops(self, encoding: Encoding) -> int:
-        return 0
 
 
 def constant_planner(

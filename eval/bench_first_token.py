@@ -15,27 +15,23 @@ from maskgym.eval.latency import measure
 from maskgym.policies.baselines import FullPlanner
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.planner import PlannerWrapper
 
 
-class _KeepingFirst:
+class _KeepingFirst(PlannerWrapper):
     """Plans of the first so many visual tokens, after a controller has run: for its time, not for its choice."""
-
-    name, budgeted = "first tokens", True
 
     def __init__(self, backbone: Backbone, keep: int):
         torch.manual_seed(0)
         config = ControllerConfig.for_layout(backbone.layout, backbone.hidden)
-        self.controller = ControllerPlanner(TwoLevelController(config), backbone, "untrained")
+        super().__init__(ControllerPlanner(TwoLevelController(config), backbone, "first tokens"))
         self.backbone, self.keep = backbone, keep
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        self.controller.plan(encoding, budgets_B)
+        self.planner.plan(encoding, budgets_B)
         masks = self.backbone.full(encoding)
         masks.tokens[:, self.keep :] = False
         return masks
-
-    def controller_flops(self, encoding: Encoding) -> Tensor:
-        return self.controller.controller_flops(encoding)
 
 
 def first_token_figures(backbone: Backbone, repeats: int, keep: int = 64) -> list[tuple[str, float]]:

@@ -26,11 +26,12 @@ from maskgym.eval.runs import RunFolder
 from maskgym.eval.settling import Settling
 from maskgym.eval.timing import first_queries
 from maskgym.eval.tracking import Tracker
-from maskgym.policies.baselines import FullPlanner, Planner, RandomPlanner
+from maskgym.policies.baselines import FullPlanner, RandomPlanner
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.even import EvenPlanner
 from maskgym.policies.layout import LaidOutPlanner
 from maskgym.policies.learned import Controller, load_controller, planner_of, save_controller
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import least_share
 from maskgym.policies.static.searched import SearchedOrder
 

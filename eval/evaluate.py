@@ -26,8 +26,8 @@ from maskgym.envs.answer_length import answer_cut
 from maskgym.envs.queries import DatasetQueries
 from maskgym.envs.scoring import score, token_f1
 from maskgym.eval.failures import report_failed
-from maskgym.policies.baselines import Planner, notes_of
 from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.planner import Planner, adopted
 from maskgym.policies.projection import budget_flops
 
 Record = dict[str, Any]
@@ -123,6 +123,7 @@ def outcomes(
     Raises:
         InputError: a budget outside (0, 1], no query that does not fail, or, if strict, one that does.
     """
+    planner = adopted(planner)
     budgets = check_budgets(budgets) if planner.budgeted else (1.0,)
     source = bank.source
     assert isinstance(source, DatasetQueries)
@@ -148,7 +149,7 @@ def outcomes(
     report_failed(bank, reported)
     head: Record = {"policy": planner.name, "backbone": backbone.name, "data": source.name, "split": source.split}
     head |= {"seed": seed, "failed": len(bank.failed)}
-    head |= notes_of(planner) | ({"max_new_tokens": cut} if cut > 1 else {})
+    head |= dict(planner.notes) | ({"max_new_tokens": cut} if cut > 1 else {})
     found = []
     for budget, parts, texts in zip(budgets, measured, said, strict=True):
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

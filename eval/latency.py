@@ -22,7 +22,8 @@ from tqdm import tqdm
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Query
 from maskgym.backbones.latency_model import LatencyModel, plan_features
-from maskgym.policies.baselines import Planner, random_plans, signals_of
+from maskgym.policies.baselines import random_plans
+from maskgym.policies.planner import Planner, adopted
 from maskgym.policies.projection import least_share
 
 PARTS = ("encode", "controller", "prefill", "ttft", "tpot")
@@ -132,6 +133,7 @@ def measure(
     """
     if backbone.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(backbone.device)
+    planner = adopted(planner)
     with _asked_for(backbone, planner):
         rounds = [
             [_time_parts(backbone, planner, queries, budget, new_tokens) for queries in batches]
@@ -145,7 +147,7 @@ def measure(
 @contextmanager
 def _asked_for(backbone: Backbone, planner: Planner) -> Iterator[None]:
     """Ask the vision tower only what this planner reads, whatever others have asked for."""
-    before, backbone.signals = backbone.signals, set(signals_of(planner))
+    before, backbone.signals = backbone.signals, set(planner.signals)
     try:
         yield
     finally:

@@ -22,12 +22,13 @@ from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.naming import import_dotted, parse_options
 from maskgym.eval.runs import RunFolder
 from maskgym.eval.saved import described_backbone, expected_by, followed, is_saved, load_saved_controller
-from maskgym.policies.baselines import BASELINES, Planner
+from maskgym.policies.baselines import BASELINES
 from maskgym.policies.chain import THEN, ChainPlanner
 from maskgym.policies.keep import KeepPlanner
 from maskgym.policies.layout import MERGE, POSITIONS, LaidOutPlanner
 from maskgym.policies.learned import load_controller, planner_of
 from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.planner import Planner, adopted
 
 GIVEN = ("backbone", "seed")
 """What every planner is made with, and is no option."""
@@ -161,12 +162,12 @@ def _load_base(base: str, backbone: Backbone, seed: int) -> Planner:
         raise
     except Exception as error:  # the user's own code: whatever it raises, say which policy it was
         raise InputError(f"policy {base!r} could not be made ({type(error).__name__}: {error}); mend it") from error
-    lacks = [part for part in ("name", "budgeted", "plan", "controller_flops") if not hasattr(planner, part)]
+    lacks = [part for part in ("name", "plan") if not hasattr(planner, part)]
     if lacks:
         raise InputError(
             f"policy {base!r} is a {type(planner).__name__} without {lacks[0]!r}; see maskgym.policies.Planner"
         )
-    return planner
+    return adopted(planner)
 
 
 def load_planners(

@@ -16,7 +16,7 @@ from maskgym.backbones.latency_model import LatencyModel
 from maskgym.eval.failures import report_failed
 from maskgym.eval.latency import Latency, device_name, measure
 from maskgym.eval.report import markdown
-from maskgym.policies.baselines import Planner
+from maskgym.policies.planner import Planner
 
 Record = dict[str, Any]
 

@@ -1,8 +1,9 @@
 """The two-level controller, what trains it, what makes its plans fit, and the baselines."""
 
-from maskgym.policies.baselines import BASELINES, Planner, random_plans
+from maskgym.policies.baselines import BASELINES, random_plans
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.learned import ControllerPlanner, load_controller, save_controller
+from maskgym.policies.planner import Planner, PlannerWrapper
 from maskgym.policies.projection import project
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ControllerConfig",
     "ControllerPlanner",
     "Planner",
+    "PlannerWrapper",
     "TwoLevelController",
     "load_controller",
     "project",

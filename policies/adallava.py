@@ -27,6 +27,7 @@ from maskgym.backbones.masks import Masks
 from maskgym.backbones.midway import Midway
 from maskgym.backbones.soft_decoder import Gates
 from maskgym.policies.bisection import most_that_fits
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import budget_flops
 
 VARIANTS = ("l", "h")
@@ -181,7 +182,7 @@ def _pick(logits: Tensor, used: Tensor, temperature: float, noise: bool) -> Tens
     return hard + (soft - soft.detach())
 
 
-class AdaLlavaPlanner:
+class AdaLlavaPlanner(Planner):
     """Plans that a scheduler completes inside the decoder, each within its budget.
 
     Args:
@@ -189,8 +190,6 @@ class AdaLlavaPlanner:
         backbone: prices and runs the plans.
         name: in records.
     """
-
-    budgeted = True
 
     def __init__(self, scheduler: AdaLlavaScheduler, backbone: Backbone, name: str):
         outside = [layer for layer in backbone.layout.protected_layers if layer >= scheduler.config.prefix_layers]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,48 +15,12 @@ from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.masks import AXES, Masks
 from maskgym.policies.even import EvenPlanner
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import project
 from maskgym.policies.static import STATIC
 
 
-class Planner(Protocol):
-    """Whatever chooses plans: a baseline, or a trained controller.
-
-    A plan may also say which tokens leave inside the decoder, by scores taken there (``Masks.stages``), how the kept
-    ones are laid out or rewritten (``Masks.survivors``), and what making it cost (``Masks.making``). A planner may
-    have three more attributes: ``signals``, what it reads of the vision tower, ``notes``, entries for its records, and
-    ``planning_flops``, the part of ``controller_flops`` that ``plan`` takes, if the rest is spent when the plan runs.
-
-    Attributes:
-        name: how it is called in records.
-        budgeted: whether it follows the budget; if not, it is evaluated once, at budget 1.
-        controller_flops: what choosing a plan costs for every query alike, charged to the budget.
-    """
-
-    name: str
-    budgeted: bool
-
-    def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks: ...
-
-    def controller_flops(self, encoding: Encoding) -> int | Tensor: ...
-
-
-def signals_of(planner: Planner) -> tuple[str, ...]:
-    """What a planner reads of the vision tower (``maskgym.backbones.saliency.SIGNALS``)."""
-    return getattr(planner, "signals", ())
-
-
-def notes_of(planner: Planner) -> dict[str, Any]:
-    """What a planner adds to its records."""
-    return getattr(planner, "notes", {})
-
-
-def planning_flops(planner: Planner, encoding: Encoding) -> int | Tensor:
-    """FLOPs that each call of a planner's ``plan`` takes for every query alike, run or not."""
-    return getattr(planner, "planning_flops", planner.controller_flops)(encoding)
-
-
-class FullPlanner:
+class FullPlanner(Planner):
     """The plain model: every token, head and layer."""
 
     name = "full"
@@ -69,11 +32,8 @@ class FullPlanner:
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         return self.backbone.full(encoding)
 
-    def controller_flops(self, encoding: Encoding) -> int:
-        return 0
 
-
-class RandomPlanner:
+class RandomPlanner(Planner):
     """Random plans that spend the budget: units leave in random order until the plan fits.
 
     How the cut is split between tokens, heads and layers is random too, a fresh split for every query, so all
@@ -84,8 +44,6 @@ class RandomPlanner:
         seed: of the draws.
         axes: what may be dropped: all of ``AXES``, or some.
     """
-
-    budgeted = True
 
     def __init__(self, backbone: Backbone, seed: int = 0, axes: Sequence[str] = AXES):
         self.backbone, self.axes = backbone, axes
@@ -99,9 +57,6 @@ class RandomPlanner:
             InputError: a budget that dropping all of these axes does not reach.
         """
         return random_plans(self.backbone, encoding, budgets_B, self.generator, self.axes)
-
-    def controller_flops(self, encoding: Encoding) -> int:
-        return 0
 
 
 def random_plans(

@@ -18,7 +18,7 @@ from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError
 from maskgym.backbones.masks import Masks
 from maskgym.backbones.plan_cost import laying_out_flops, merging_flops, most_laying_out_flops
-from maskgym.policies.baselines import Planner, notes_of, planning_flops, signals_of
+from maskgym.policies.planner import Planner, PlannerWrapper, adopted
 from maskgym.policies.projection import budget_flops
 
 THEN = " then "
@@ -29,7 +29,7 @@ ATTEMPTS = 6
 whose plans say what each took to make has a single one."""
 
 
-class ChainPlanner:
+class ChainPlanner(PlannerWrapper):
     """Tokens by one planner, heads and layers by another, in a budget for both.
 
     Args:
@@ -42,16 +42,15 @@ class ChainPlanner:
     """
 
     def __init__(self, token_planner: Planner, llm_planner: Planner, backbone: Backbone):
-        if token_planner.budgeted:
+        super().__init__(token_planner)
+        if self.budgeted:
             raise InputError(
-                f"the first part of a chain must set its own number of tokens, but policy {token_planner.name!r} "
-                f"follows the budget; give it a share, as in {token_planner.name + '@0.25'!r}"
+                f"the first part of a chain must set its own number of tokens, but policy {self.name!r} "
+                f"follows the budget; give it a share, as in {self.name + '@0.25'!r}"
             )
-        self.token_planner, self.llm_planner, self.backbone = token_planner, llm_planner, backbone
-        self.name = f"{token_planner.name}{THEN}{llm_planner.name}"
-        self.budgeted = llm_planner.budgeted
-        self.signals = (*signals_of(token_planner), *signals_of(llm_planner))
-        self.notes = notes_of(token_planner)
+        self.then, self.backbone = adopted(llm_planner), backbone
+        self.name = f"{self.name}{THEN}{self.then.name}"
+        self.budgeted, self.signals = self.then.budgeted, (*self.signals, *self.then.signals)
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         """Plans within their budgets.
@@ -60,36 +59,34 @@ class ChainPlanner:
             InputError: a budget below what the token step and the least that the controller can choose cost.
         """
         budgets_B = budgets_B.to(encoding.visual_BND.device, torch.float64)
-        first = self.token_planner.plan(encoding, torch.ones_like(budgets_B))
+        first = self.planner.plan(encoding, torch.ones_like(budgets_B))
         looking_B, later_B = self._laying_out_flops(encoding, first)
         first = _charged(first, looking_B)
         left = replace(arrange(encoding, first).encoding, visual_valid_BN=first.tokens)
         if not self.budgeted:
-            return self._joined(first, self.llm_planner.plan(left, torch.ones_like(budgets_B)))
+            return self._joined(first, self.then.plan(left, torch.ones_like(budgets_B)))
         full_B = self.backbone.full_llm_flops(encoding)
-        spent_B = (
-            self.backbone.cost(encoding, first, self.token_planner.controller_flops(encoding)).controller + later_B
-        )
+        spent_B = self.backbone.cost(encoding, first, self.planner.controller_flops(encoding)).controller + later_B
         # the controller prices plans for what it sees, without stages
         seen_B = self.backbone.full_llm_flops(left)
         share_B = (budget_flops(budgets_B, full_B) - spent_B) / seen_B
         self._check(share_B, budgets_B, spent_B / full_B)
         if not first.stages:
-            return self._joined(first, self.llm_planner.plan(left, share_B.clamp_max(1)))
-        more_B = (ATTEMPTS - 1) * torch.as_tensor(planning_flops(self.llm_planner, left), device=full_B.device)
+            return self._joined(first, self.then.plan(left, share_B.clamp_max(1)))
+        more_B = (ATTEMPTS - 1) * torch.as_tensor(self.then.planning_flops(left), device=full_B.device)
         share_B = share_B - more_B / seen_B
         self._check(share_B, budgets_B, (spent_B + more_B) / full_B)
         low_B = share_B.clamp_max(1)
-        second = self.llm_planner.plan(left, low_B)
+        second = self.then.plan(left, low_B)
         if second.making is not None:
             return self._joined(first, second)
         return self._search(encoding, left, _charged(first, more_B), second, low_B, budgets_B)
 
     def controller_flops(self, encoding: Encoding) -> int | Tensor:
-        return self.token_planner.controller_flops(encoding) + self.llm_planner.controller_flops(encoding)
+        return self.planner.controller_flops(encoding) + self.then.controller_flops(encoding)
 
     def planning_flops(self, encoding: Encoding) -> int | Tensor:
-        return planning_flops(self.token_planner, encoding) + planning_flops(self.llm_planner, encoding)
+        return self.planner.planning_flops(encoding) + self.then.planning_flops(encoding)
 
     def _laying_out_flops(self, encoding: Encoding, first: Masks) -> tuple[Tensor, Tensor]:
         """(B,) FLOPs of merging tokens for the controller to see, which is done again when the plan runs, and how much
@@ -112,7 +109,7 @@ class ChainPlanner:
         high_B = torch.ones_like(low_B)
         for attempt in range(ATTEMPTS - 1):
             middle_B = high_B if attempt == 0 else (low_B + high_B) / 2
-            tried = self._joined(first, self.llm_planner.plan(left, middle_B))
+            tried = self._joined(first, self.then.plan(left, middle_B))
             fits_B = self.backbone.cost(encoding, tried, self.controller_flops(encoding)).llm <= limits_B
             best = tried.where(fits_B, best)
             low_B, high_B = torch.where(fits_B, middle_B, low_B), torch.where(fits_B, high_B, middle_B)

@@ -219,7 +219,7 @@ class Decider:
 
     def review(self, read: Budgeted, bits_BA: Tensor) -> Decisions:
         """The same logits for bits that were chosen earlier."""
-        llm_logits = self.llm_logits(read, bits_BA[:, self.layout.level1])
+        llm_logits = self.llm_logits(read, bits_BA[:, self.layout.level1] & read.encoding.visual_valid_BN)
         return self._checked(read.encoding, torch.cat([self.token_logits(read), llm_logits], dim=1), bits_BA)
 
     def _checked(self, encoding: Encoding, logits_BA: Tensor, bits_BA: Tensor) -> Decisions:

@@ -14,6 +14,7 @@ from torch import Tensor
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.masks import AXES, MaskLayout, Masks
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import project
 
 
@@ -38,7 +39,7 @@ def even_confidence(layout: MaskLayout) -> Tensor:
     return torch.cat([2 * even_order(layout.tokens) - 1, heads, torch.ones(layout.layers)])
 
 
-class EvenPlanner:
+class EvenPlanner(Planner):
     """That plan in each budget: what an untrained controller does, at no cost.
 
     Args:
@@ -46,8 +47,6 @@ class EvenPlanner:
         seed: not used; nothing is drawn.
         axes: what may be dropped: all of ``AXES``, or some.
     """
-
-    budgeted = True
 
     def __init__(self, backbone: Backbone, seed: int = 0, axes: Sequence[str] = AXES):
         self.backbone, self.axes = backbone, axes
@@ -59,6 +58,3 @@ class EvenPlanner:
         confidence_BA = even_confidence(self.backbone.layout).to(device).expand(len(encoding), -1)
         full = self.backbone.full(encoding)
         return project(self.backbone, full, confidence_BA, budgets_B.to(device), encoding, axes=self.axes)
-
-    def controller_flops(self, encoding: Encoding) -> int:
-        return 0

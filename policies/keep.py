@@ -7,7 +7,7 @@ from torch import Tensor
 from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError
 from maskgym.backbones.masks import Masks
-from maskgym.policies.baselines import Planner, notes_of
+from maskgym.policies.planner import Planner, PlannerWrapper
 from maskgym.policies.static.counts import CountPlanner
 
 
@@ -21,7 +21,7 @@ def check_share(share: float) -> None:
         raise InputError(f"a share of {share:g} of the visual tokens is outside (0, 1]; give one such as 0.25")
 
 
-class KeepPlanner:
+class KeepPlanner(PlannerWrapper):
     """Keeps a share of each image's visual tokens, whatever the budget.
 
     Args:
@@ -32,8 +32,6 @@ class KeepPlanner:
         InputError: a planner that does not choose tokens by count, or a share outside (0, 1].
     """
 
-    budgeted = False
-
     def __init__(self, planner: Planner, share: float):
         if not isinstance(planner, CountPlanner) or not planner.budgeted:
             raise InputError(
@@ -41,12 +39,9 @@ class KeepPlanner:
                 "of them; give it budgets"
             )
         check_share(share)
-        self.planner: CountPlanner = planner
-        self.share, self.name, self.signals = share, planner.name, planner.signals
-        self.notes = {**notes_of(planner), "keep": share}
+        super().__init__(planner)
+        self.rule, self.share, self.budgeted = planner, share, False
+        self.notes = {**self.notes, "keep": share}
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
-        return self.planner.plan_counts(encoding, self.planner.shares(encoding, self.share))
-
-    def controller_flops(self, encoding: Encoding) -> int:
-        return self.planner.controller_flops(encoding)
+        return self.rule.plan_counts(encoding, self.rule.shares(encoding, self.share))

@@ -15,12 +15,12 @@ from maskgym.backbones.errors import InputError
 from maskgym.backbones.masks import Masks
 from maskgym.backbones.plan_cost import most_laying_out_flops
 from maskgym.backbones.survivors import POSITIONS, Survivors
-from maskgym.policies.baselines import Planner, notes_of, planning_flops, signals_of
+from maskgym.policies.planner import Planner, PlannerWrapper
 
 MERGE = "merge"
 
 
-class LaidOutPlanner:
+class LaidOutPlanner(PlannerWrapper):
     """Lays out what another planner keeps before the language model.
 
     Args:
@@ -31,10 +31,10 @@ class LaidOutPlanner:
     """
 
     def __init__(self, planner: Planner, backbone: Backbone, positions: str | None = None, merge: bool = False):
-        self.planner, self.backbone, self.positions, self.merge = planner, backbone, positions, merge
+        super().__init__(planner)
+        self.backbone, self.positions, self.merge = backbone, positions, merge
         words = [MERGE] * merge + ([] if positions is None else [positions])
-        self.name = "@".join([planner.name, *words])
-        self.budgeted, self.signals, self.notes = planner.budgeted, signals_of(planner), notes_of(planner)
+        self.name = "@".join([self.name, *words])
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         """Plans within their budgets, what laying out may cost at most kept back.
@@ -54,12 +54,6 @@ class LaidOutPlanner:
                 f"are dropped before it: leave out {self._asked()}"
             )
         return replace(masks, survivors=self._survivors(masks, encoding))
-
-    def controller_flops(self, encoding: Encoding) -> int | Tensor:
-        return self.planner.controller_flops(encoding)
-
-    def planning_flops(self, encoding: Encoding) -> int | Tensor:
-        return planning_flops(self.planner, encoding)
 
     def _survivors(self, masks: Masks, encoding: Encoding) -> Survivors:
         own, asked = masks.survivors, self._asked_layout(encoding)

@@ -21,9 +21,9 @@ from maskgym.backbones.masks import Masks
 from maskgym.backbones.plain_files import MALFORMED, check_inside, read_json
 from maskgym.backbones.tensor_files import tensor_shapes
 from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
-from maskgym.policies.baselines import Planner
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.decisions import Decider
+from maskgym.policies.planner import Planner
 
 WEIGHTS, SIZES = "controller.safetensors", "controller.json"
 MADE_FOR = "backbone_fingerprint"
@@ -32,7 +32,7 @@ EXPECTED = "expected_answer_tokens"
 """In ``controller.json``: the answer length that plans were priced at, where it was not one token."""
 
 
-class ControllerPlanner:
+class ControllerPlanner(Planner):
     """Plans by a trained controller, each projected into its budget.
 
     Args:
@@ -40,8 +40,6 @@ class ControllerPlanner:
         backbone: the backbone it was trained for.
         name: in records.
     """
-
-    budgeted = True
 
     def __init__(self, controller: TwoLevelController, backbone: Backbone, name: str):
         self.decider = Decider(controller.to(backbone.device).eval(), backbone)

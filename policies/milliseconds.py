@@ -16,7 +16,7 @@ from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.masks import Masks
-from maskgym.policies.baselines import Planner, notes_of, planning_flops, signals_of
+from maskgym.policies.planner import Planner, PlannerWrapper
 from maskgym.policies.projection import least_share
 
 HALVINGS = 10
@@ -25,7 +25,7 @@ ATTEMPTS = HALVINGS + 2
 (the smallest of all, if none is)."""
 
 
-class MillisecondPlanner:
+class MillisecondPlanner(PlannerWrapper):
     """Gives another planner the largest budget share whose plan, by a latency model, is fast enough.
 
     Each query gets the slowest plan within the limit that a bisection over the shares meets; it does not matter that a
@@ -42,23 +42,23 @@ class MillisecondPlanner:
         InputError: a limit that is not positive.
     """
 
-    budgeted = False
-
     def __init__(self, planner: Planner, backbone: Backbone, latency_model: LatencyModel, milliseconds: float):
         if not 0 < milliseconds < math.inf:
             raise InputError(f"a budget of {milliseconds:g} ms is no time; give milliseconds above 0, such as 2.5")
-        self.planner, self.backbone, self.latency_model = planner, backbone, latency_model
-        self.milliseconds = milliseconds
-        self.name, self.signals = planner.name, signals_of(planner)
-        self.notes = {**notes_of(planner), "budget_ms": milliseconds}
+        super().__init__(planner)
+        self.backbone, self.latency_model, self.milliseconds = backbone, latency_model, milliseconds
+        self.budgeted, self.notes = False, {**self.notes, "budget_ms": milliseconds}
 
     def plan(self, encoding: Encoding, budgets_B: Tensor) -> Masks:
         """Plans within the limit, and within ``budgets_B`` as shares."""
         return self.choose(encoding, budgets_B)[0]
 
     def controller_flops(self, encoding: Encoding) -> int | Tensor:
-        more_flops = (ATTEMPTS - 1) * planning_flops(self.planner, encoding)
+        more_flops = (ATTEMPTS - 1) * self.planner.planning_flops(encoding)
         return more_flops + self.planner.controller_flops(encoding)
+
+    def planning_flops(self, encoding: Encoding) -> int | Tensor:
+        return ATTEMPTS * self.planner.planning_flops(encoding)
 
     def predict(self, encoding: Encoding, masks: Masks) -> Tensor:
         """(B,) milliseconds of each plan's prefill."""

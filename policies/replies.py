@@ -17,8 +17,8 @@ from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.encoding import Encoding, Query
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.masks import Masks
-from maskgym.policies.baselines import Planner
 from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.planner import Planner, adopted
 from maskgym.policies.projection import budget_flops
 
 
@@ -114,7 +114,7 @@ class Planned:
             masks, budgets_B = planner.choose(encoding, budgets_B)
         else:
             masks = planner.plan(encoding, budgets_B)
-        return cls(planner, backbone, encoding, masks, budgets_B, latency_model)
+        return cls(adopted(planner), backbone, encoding, masks, budgets_B, latency_model)
 
     def limit(self) -> Limit:
         """What answers may cost where budgets are hard."""

@@ -8,7 +8,7 @@ Shape legend: B rows, A flat action length, K probability ratios of a plan.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import Tensor, nn
 
 from maskgym.backbones.backbone import Backbone
@@ -49,6 +50,14 @@ def ratio_sizes(ratios: str, layout: MaskLayout) -> list[int]:
     if ratios not in kinds:
         raise InputError(f"the ratios are {ratios!r}; they must be one of {', '.join(RATIOS)}")
     return kinds[ratios]
+
+
+class _Forward(NamedTuple):
+    """What the last ``forward`` computed, by all that it was computed from: see ``TwoLevelPolicy.fitted``."""
+
+    key: tuple[bytes | int, ...]
+    read: Budgeted
+    decisions: Decisions
 
 
 class TwoLevelPolicy(ActorCriticPolicy):
@@ -86,7 +95,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         self.controller = TwoLevelController(config)
         self.critic = nn.Sequential(nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, 1))
         self.decider = Decider(self.controller, self.backbone)
-        self.pending: tuple[Budgeted, Decisions] | None = None
+        self._last: _Forward | None = None
         self.optimizer = self.optimizer_class(self.parameters(), **{"lr": lr_schedule(1), **self.optimizer_kwargs})
         refuse_bad_gradients(self.optimizer, lambda: f"in a minibatch ({queries_named(self._ids)})")
 
@@ -94,7 +103,7 @@ class TwoLevelPolicy(ActorCriticPolicy):
         """Actions (B, A), values (B, 1) and log-probabilities (B, K), one for every ratio."""
         read = self._read(obs)
         decisions = self.decider.decide(read, sample=not deterministic)
-        self.pending = read, decisions
+        self._last = _Forward(self._key(obs, decisions.bits_BA), read, decisions)
         return decisions.bits_BA.to(torch.int8), self._values(read), self._log_probs(decisions)
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,11 +127,38 @@ class TwoLevelPolicy(ActorCriticPolicy):
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         raise TypeError("the two levels have no joint factorised distribution; use forward or evaluate_actions")
 
-    def fitted(self) -> np.ndarray:
-        """The actions of the last ``forward``, projected into their budgets, (B, A) int8."""
-        assert self.pending is not None, "no forward pass to project"
-        masks = self.decider.fit(*self.pending)
+    @torch.no_grad()
+    def fitted(self, observation: VecEnvObs, actions: np.ndarray) -> np.ndarray:
+        """Actions projected into their budgets, (B, A) int8: what is executed.
+
+        A function of its arguments and the weights, whatever else the policy has computed. In a rollout they are those
+        of the last ``forward``, whose reading and logits are then not computed again.
+
+        Args:
+            observation: that the actions answer.
+            actions: (B, A) of 0 and 1, sampled or not.
+
+        Raises:
+            InputError: an action without a layer or without a protected one, or a budget below the smallest plan's
+                cost.
+        """
+        assert isinstance(observation, dict)
+        obs = obs_as_tensor(observation, self.device)
+        bits_BA = torch.as_tensor(actions, device=self.device).bool()
+        if self._last is not None and self._last.key == self._key(obs, bits_BA):
+            _, read, decisions = self._last
+        else:
+            read = self._read(obs)
+            decisions = self.decider.review(read, bits_BA)
+        masks = self.decider.fit(read, decisions)
         return self.backbone.layout.flatten(masks).cpu().numpy().astype(np.int8)
+
+    def _key(self, obs: PyTorchObs, bits_BA: Tensor) -> tuple[bytes | int, ...]:
+        """Equal where observation, actions and weights are: torch counts every change of a weight in place."""
+        assert isinstance(obs, dict)
+        given = (obs["query"], obs["budget"], bits_BA)
+        changes = (parameter._version for parameter in self.parameters())
+        return *(part.cpu().numpy().tobytes() for part in given), *changes
 
     def _log_probs(self, decisions: Decisions) -> Tensor:
         parts = decisions.log_prob_of_bits().split(self.ratio_sizes, dim=1)
@@ -139,24 +175,39 @@ class TwoLevelPolicy(ActorCriticPolicy):
 
 
 class FittedVecEnv(VecEnvWrapper):
-    """Executes what the policy sampled after projection into the budget; the buffer keeps what was sampled.
+    """Executes what it is given after projection into the budget; the buffer keeps what was sampled.
 
     The projection is then part of the environment that the policy learns in, and no over-budget penalty is needed.
 
     Args:
         venv: the environment.
+
+    Attributes:
+        policy: whose logits say which units go first; to be set before the first step.
     """
 
     policy: TwoLevelPolicy
 
     def __init__(self, venv: VecEnv):
         super().__init__(venv)
+        self._observation: VecEnvObs | None = None
 
-    def reset(self) -> Any:
-        return self.venv.reset()
+    def reset(self) -> VecEnvObs:
+        self._observation = self.venv.reset()
+        return self._observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        self.venv.step_async(self.policy.fitted())
+        if self._observation is None:
+            raise InputError("step() needs an episode, and none is running: call reset() first")
+        self.venv.step_async(self.policy.fitted(self._observation, actions))
 
     def step_wait(self) -> VecEnvStepReturn:
-        return self.venv.step_wait()
+        self._observation, rewards, dones, infos = self.venv.step_wait()
+        return self._observation, rewards, dones, infos
+
+    def load_state(self, state: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Continue from a state of the environment's; returns the observation that the next action answers."""
+        venv: Any = self.venv
+        observation: dict[str, np.ndarray] = venv.load_state(state)
+        self._observation = observation
+        return observation

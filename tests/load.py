@@ -28,9 +28,10 @@ from maskgym.backbones.encoding import EncodedImage, Encoding, Query
 from maskgym.backbones.masks import Masks
 from maskgym.envs.queries import DatasetQueries
 from maskgym.eval.bench_data import private_mb
-from maskgym.policies.baselines import Planner, RandomPlanner
+from maskgym.policies.baselines import RandomPlanner
 from maskgym.policies.controller import RULES, ControllerConfig, TwoLevelController
 from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import least_share
 from tests.conftest import KINDS, build, make_dataset
 

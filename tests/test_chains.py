@@ -6,15 +6,20 @@ import torch
 from maskgym.backbones import EncodingBank, InputError, Masks
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.backbones.survivors import POSITIONS
+from maskgym.eval.evaluate import evaluate
+from maskgym.eval.latency import measure
 from maskgym.eval.policies import load_planner, load_planners, with_layout
-from maskgym.policies.baselines import RandomPlanner, notes_of, signals_of
+from maskgym.policies.baselines import RandomPlanner, random_plans
 from maskgym.policies.chain import ATTEMPTS, ChainPlanner
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.keep import KeepPlanner
 from maskgym.policies.layout import LaidOutPlanner
 from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.milliseconds import ATTEMPTS as TRIES
 from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.planner import PlannerWrapper, adopted
 from maskgym.policies.projection import budget_flops
+from maskgym.policies.replies import Planned
 from maskgym.policies.static.inside import FastVPlanner
 
 ROWS = [0, 1, 2, 3, 6, 7]
@@ -107,8 +112,58 @@ def test_signals_and_notes_pass_through(small):
     chain = ChainPlanner(laid_out, RandomPlanner(small), small)
     limited = MillisecondPlanner(chain, small, LatencyModel("here", "test", (1.0,) * 5, 0.0), 3.0)
     for planner in (kept, laid_out, chain, limited):
-        assert signals_of(planner) == ("cls-features",) and notes_of(planner)["keep"] == 0.25
-    assert notes_of(limited)["budget_ms"] == 3.0 and signals_of(RandomPlanner(small)) == ()
+        assert planner.signals == ("cls-features",) and planner.notes["keep"] == 0.25
+    assert limited.notes["budget_ms"] == 3.0 and RandomPlanner(small).signals == ()
+
+
+class Bare:
+    """A planner of one's own with nothing but what it must have."""
+
+    name = "bare"
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+
+    def plan(self, encoding, budgets_B):
+        return random_plans(self.backbone, encoding, budgets_B, torch.Generator().manual_seed(0))
+
+
+class Charging(Bare):
+    """One with all that it may have."""
+
+    name, budgeted, signals, notes = "charging", False, ("cls-0",), {"mine": 1}
+
+    def controller_flops(self, encoding):
+        return 30
+
+    def planning_flops(self, encoding):
+        return 10
+
+
+def test_ones_own_planner_has_the_defaults_of_what_it_lacks(small, source, encoding):
+    bare, bank = Bare(small), EncodingBank(small, source)
+    planner = adopted(bare)
+    assert (planner.budgeted, planner.signals, dict(planner.notes)) == (True, (), {})
+    assert planner.controller_flops(encoding) == planner.planning_flops(encoding) == 0
+    (record,) = evaluate(bare, small, bank, (0.6,), progress=False)
+    (reference,) = evaluate(RandomPlanner(small), small, bank, (0.6,), progress=False)
+    assert record == {**reference, "policy": "bare"}
+    assert measure(small, bare, [[source[0]]], 0.8, 1, repeats=1, warm_up=0).prefill.p50 > 0
+    assert len(Planned.of(bare, small, [source[0]], [0.6]).answer(1)) == 1
+    plans = adopted(bare).plan(encoding, BUDGETS), LaidOutPlanner(bare, small, "renumbered").plan(encoding, BUDGETS)
+    assert torch.equal(*(small.layout.flatten(plan) for plan in plans))
+
+
+def test_wrappers_have_the_members_of_what_they_wrap(small, encoding):
+    charging = Charging(small)
+    timed = MillisecondPlanner(charging, small, LatencyModel("here", "test", (1.0,) * 5, 0.0), 3.0)
+    chain = ChainPlanner(charging, charging, small)
+    for planner in (PlannerWrapper(charging), LaidOutPlanner(charging, small, "original")):
+        assert (planner.controller_flops(encoding), planner.planning_flops(encoding)) == (30, 10)
+        assert (planner.budgeted, planner.signals, planner.notes) == (False, ("cls-0",), {"mine": 1})
+    assert (chain.controller_flops(encoding), chain.planning_flops(encoding)) == (60, 20)
+    assert timed.planning_flops(encoding) == 10 * TRIES == timed.controller_flops(encoding) - 20
+    assert PlannerWrapper(PlannerWrapper(charging)).name == "charging"
 
 
 @pytest.mark.parametrize("positions", [None, *POSITIONS])
@@ -139,7 +194,7 @@ def test_a_layout_for_all_policies_leaves_those_alone_that_name_theirs():
 
 def test_shares_make_a_planner_each(small):
     planners = load_planners(["full", "stride", "prumerge", "divprune@merge"], small, 0, keep=(0.5, 0.25))
-    found = [(planner.name, notes_of(planner).get("keep")) for planner in planners]
+    found = [(planner.name, planner.notes.get("keep")) for planner in planners]
     assert found == [
         ("full", None),
         ("stride", 0.5),
@@ -149,7 +204,7 @@ def test_shares_make_a_planner_each(small):
         ("divprune@merge", 0.25),
     ]
     chains = load_planners(["stride then random", "prumerge then random"], small, 0, keep=(0.5,))
-    assert [notes_of(chain) for chain in chains] == [{"keep": 0.5}, {}]
+    assert [chain.notes for chain in chains] == [{"keep": 0.5}, {}]
     with pytest.raises(InputError, match="policy 'random' does not choose visual tokens by count"):
         load_planners(["random"], small, 0, keep=(0.5,))
 

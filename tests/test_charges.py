@@ -9,7 +9,6 @@ from maskgym.backbones import EncodingBank, InputError
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.eval.policies import load_planner
 from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
-from maskgym.policies.baselines import signals_of
 from maskgym.policies.chain import THEN, ChainPlanner
 from maskgym.policies.controller import ControllerConfig, TwoLevelController
 from maskgym.policies.layout import LaidOutPlanner
@@ -127,7 +126,7 @@ def test_the_charge_is_what_is_computed_and_within_the_budget(source, tmp_path, 
     backbone = build()
     planner, met = planner_for(policy, backbone, tmp_path), []
     encoding, asked = EncodingBank(backbone, source).gather([2]), signal_flops(backbone, source[2])
-    assert (asked > 0) == bool(signals_of(planner))
+    assert (asked > 0) == bool(planner.signals)
     for budget in BUDGETS if planner.budgeted else (1.0,):
         found = decided(planner, encoding, budget)
         if found is None:

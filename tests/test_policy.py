@@ -23,10 +23,20 @@ from maskgym.policies.group_buffer import GroupRolloutBuffer
 from maskgym.policies.learned import ControllerPlanner, load_controller, save_controller
 from maskgym.policies.projection import budget_flops
 from maskgym.policies.sb3_policy import RATIOS, FittedVecEnv, TwoLevelPolicy, ratio_sizes
-from tests.conftest import WORDS, make_dataset
+from tests.conftest import WORDS, build_of, make_dataset
 
 
-def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, plans_per_query=1, ratios="joint", **more):
+def make_ppo(
+    backbone,
+    source,
+    envs=8,
+    reward="accuracy-flops",
+    fitted=True,
+    plans_per_query=1,
+    ratios="joint",
+    rule="threshold",
+    **more,
+):
     core = MaskingCore(backbone, source, budgets=(0.6, 1.0), reward=reward)
     env = MaskingVecEnv(core, envs, plans_per_query)
     venv = FittedVecEnv(env) if fitted else env
@@ -35,7 +45,7 @@ def make_ppo(backbone, source, envs=8, reward="accuracy-flops", fitted=True, pla
         venv,
         policy_kwargs={
             "bank": core.bank,
-            "controller": ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=16),
+            "controller": ControllerConfig.for_layout(backbone.layout, backbone.hidden, width=16, rule=rule),
             "ratios": ratios,
         },
         rollout_buffer_class=GroupRolloutBuffer,
@@ -225,7 +235,7 @@ class Watch(BaseCallback):
     def _on_rollout_end(self):
         buffer = self.model.rollout_buffer
         self.advantages, self.rewards, self.values = buffer.advantages, buffer.rewards, buffer.values.copy()
-        self.actions, self.fitted = buffer.actions.copy(), self.model.policy.fitted()
+        self.actions, (_, self.executed) = buffer.actions.copy(), self.model.env.executed
         observations = {name: torch.as_tensor(value[0]) for name, value in buffer.observations.items()}
         with torch.no_grad():
             _, log_prob, _ = self.model.policy.evaluate_actions(observations, torch.as_tensor(buffer.actions[0]))
@@ -241,12 +251,13 @@ def test_first_ratio_is_one_and_advantage_is_reward_minus_value(small, source, r
     assert torch.allclose(watch.ratio, torch.ones(8, count), atol=1e-5)
     assert np.allclose(watch.advantages, watch.rewards - watch.values, atol=1e-6)
     assert watch.actions.dtype == np.int8
-    assert (watch.actions[-1] != watch.fitted).any(), "the buffer must hold what was sampled, not what was executed"
+    assert (watch.actions[-1] != watch.executed).any(), "the buffer must hold what was sampled, not what was executed"
 
 
 def test_executed_plans_fit_while_sampled_ones_may_not(small, source):
     model = make_ppo(small, source, envs=64)
-    obs, _ = model.policy.obs_to_tensor(model.env.reset())
+    observation = model.env.reset()
+    obs, _ = model.policy.obs_to_tensor(observation)
     with torch.no_grad():
         actions, _, _ = model.policy(obs)
         predicted, _ = model.policy.predict({name: value.numpy() for name, value in obs.items()}, deterministic=True)
@@ -258,8 +269,88 @@ def test_executed_plans_fit_while_sampled_ones_may_not(small, source):
         return small.cost(encoding, small.layout.unflatten(torch.as_tensor(bits).bool()), charge).llm
 
     assert (spent(actions) > limits).any()
-    assert (spent(model.policy.fitted()) <= limits).all()
+    assert (spent(model.policy.fitted(observation, actions.numpy())) <= limits).all()
     assert (spent(predicted) <= limits).all()
+
+
+def replanned(policy, observation, actions):
+    """The plans of some actions, computed from the start."""
+    obs, _ = policy.obs_to_tensor(observation)
+    with torch.no_grad():
+        read = policy.decider.read(policy.bank.gather(observation["query"][:, 0]), obs["budget"][:, 0])
+        masks = policy.decider.fit(read, policy.decider.review(read, torch.as_tensor(actions).bool()))
+    return policy.backbone.layout.flatten(masks).numpy()
+
+
+def sampled(policy, observation):
+    with torch.no_grad():
+        return policy(policy.obs_to_tensor(observation)[0])[0].numpy()
+
+
+@pytest.mark.parametrize("rule", ["threshold", "fill"])
+def test_a_step_executes_the_plans_of_the_actions_that_it_is_given(small, source, rule):
+    """Whatever the policy has computed last: for another draw, for other budgets, by other weights, or not at all."""
+    model = make_ppo(small, source, rule=rule)
+    env, policy = model.env, model.policy
+    executed = []
+
+    def step(observation, actions):
+        expected = replanned(policy, observation, actions)
+        observation, *_ = env.step(actions)
+        assert (env.executed[1] == expected).all()
+        executed.append(expected)
+        return observation
+
+    observation = env.reset()
+    earlier = sampled(policy, observation)
+    assert (earlier != sampled(policy, observation)).any()
+    observation = step(observation, earlier)
+    actions = sampled(policy, observation)
+    sampled(policy, {**observation, "budget": np.ones_like(observation["budget"])})  # as an evaluation in between does
+    observation = step(observation, actions)
+    actions = sampled(policy, observation)
+    before = replanned(policy, observation, actions)
+    with torch.no_grad():
+        policy.controller.token_bias.neg_()
+        policy.controller.llm_head.bias.neg_()
+    observation = step(observation, actions)
+    assert (executed[-1] != before).any(), "the weights decide nothing"
+    state = env.state()
+    for _ in range(2):  # from a saved state, the second time with another observation answered last
+        observation = step(env.load_state(state), actions)
+    assert (executed[-2] == executed[-1]).all()
+    chosen, _ = policy.predict(observation, deterministic=True)
+    step(observation, chosen)
+    assert (executed[-1] == chosen).all(), "plans that fit are executed as they are"
+
+
+def test_a_rollout_reads_no_query_twice(small, source, monkeypatch):
+    """The projection takes what the forward pass has read; after four steps SB3 asks for the values of a fifth."""
+    model = make_ppo(small, source)
+    reads = []
+    read = Decider.read
+    monkeypatch.setattr(Decider, "read", lambda *given: reads.append(1) or read(*given))
+    monkeypatch.setattr(model, "train", lambda: None)
+    model.learn(32)
+    assert len(reads) == 4 + 1
+
+
+def test_a_step_without_an_episode_is_refused(small, source):
+    env = make_ppo(small, source).env
+    with pytest.raises(InputError, match="call reset"):
+        env.step(np.ones((8, small.layout.size), np.int8))
+
+
+def test_a_reviewed_action_has_the_logits_it_was_chosen_by_where_images_differ_in_size(source):
+    """Tokens that nothing is decided on are kept, and those that an image does not have are not among them."""
+    backbone = build_of("qwen2_5_vl")
+    decider = decider_of(backbone, axes=("heads", "layers"))
+    encoding = EncodingBank(backbone, source).gather([0, 2, 4, 6])
+    assert not encoding.visual_valid_BN.all()
+    with torch.no_grad():
+        read = decider.read(encoding, torch.full((4,), 0.9))
+        decisions = decider.decide(read, sample=True)
+        assert torch.equal(decider.review(read, decisions.bits_BA).logits_BA, decisions.logits_BA)
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from maskgym.backbones.errors import InputError
 from maskgym.eval.latency import measure
 from maskgym.eval.plan_pictures import plan_png
 from maskgym.eval.policies import load_planner
-from maskgym.policies.baselines import BASELINES, Planner
+from maskgym.policies.baselines import BASELINES
+from maskgym.policies.planner import Planner
 from maskgym.policies.replies import Planned, Reply
 
 FULL = "full"

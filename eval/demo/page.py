@@ -13,7 +13,7 @@ from maskgym.envs.scoring import score
 from maskgym.eval.demo.command import Served
 from maskgym.eval.demo.comparison import FULL, Side
 from maskgym.eval.demo.uploads import uploaded_query
-from maskgym.policies.baselines import Planner
+from maskgym.policies.planner import Planner
 
 KINDS = ["png", "jpg", "jpeg", "webp", "bmp", "gif"]
 

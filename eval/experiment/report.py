@@ -23,7 +23,7 @@ from maskgym.eval.latency import device_name
 from maskgym.eval.policies import load_planner
 from maskgym.eval.runs import command_line, environment
 from maskgym.eval.tracking import Tracker
-from maskgym.policies.baselines import Planner
+from maskgym.policies.planner import Planner
 
 QUESTIONS = {
     "pruning": "Does a controller that learns which visual tokens to keep beat static token pruning at equal budgets?",

@@ -18,7 +18,7 @@ from maskgym.backbones.encoding import Encoding
 from maskgym.eval.evaluate import Record, check_budgets
 from maskgym.eval.latency import timed
 from maskgym.lmms.requests import SCORE, Request
-from maskgym.policies.baselines import Planner
+from maskgym.policies.planner import Planner
 from maskgym.policies.replies import Planned, Reply
 
 T = TypeVar("T")

@@ -301,7 +301,8 @@ class RunCallback(BaseCallback):
                 self.tuning.restore(tensors)
             model.num_timesteps = state["queries"] * self.config.plans_per_query
             model._n_updates = state["updates"]
-            model._last_obs = self.venv.load_state(state["environment"])
+            assert isinstance(model.env, FittedVecEnv | MaskingVecEnv)
+            model._last_obs = model.env.load_state(state["environment"])
             model._last_episode_starts = np.ones(self.venv.num_envs, bool)
             self.journal.load_state(state)
             restore_random_state(tensors, state["random"])

@@ -5,7 +5,7 @@ Shape legend: B rows, N visual tokens.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,13 +18,14 @@ from maskgym.backbones.errors import InputError
 from maskgym.backbones.masks import Masks
 from maskgym.backbones.survivors import Survivors
 from maskgym.policies.bisection import most_that_fits
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import budget_flops
 
 Skeleton = Callable[[Tensor], Masks]
 """Plans for some counts (B,) that cost what the real ones will, whichever tokens these keep."""
 
 
-class CountPlanner(ABC):
+class CountPlanner(Planner):
     """Plans that keep as many visual tokens as the budget pays for, the cost of choosing them included.
 
     Args:
@@ -33,12 +34,9 @@ class CountPlanner(ABC):
 
     Attributes:
         positions: how the authors lay out what is kept; see ``maskgym.backbones.survivors``.
-        signals: what is read of the vision tower.
     """
 
-    budgeted = True
     positions = "original"
-    signals: tuple[str, ...] = ()
 
     def __init__(self, backbone: Backbone, name: str):
         self.backbone, self.name = backbone, name
@@ -62,10 +60,6 @@ class CountPlanner(ABC):
         if bool((counts_B == encoding.visual_valid_BN.sum(1)).all()):
             return skeleton(counts_B)
         return self.fill(skeleton, encoding, counts_B)
-
-    def controller_flops(self, encoding: Encoding) -> int:
-        """Nothing: what choosing costs is said by the plans."""
-        return 0
 
     @abstractmethod
     def skeleton(self, encoding: Encoding) -> Skeleton:

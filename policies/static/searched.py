@@ -19,6 +19,7 @@ from maskgym.backbones.encoding import Encoding
 from maskgym.backbones.errors import InputError
 from maskgym.backbones.masks import Masks
 from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.policies.planner import Planner
 from maskgym.policies.projection import project
 
 
@@ -96,7 +97,7 @@ class SearchedOrder:
         return (2 * self.stays(backbone) / max(1, len(self.order) - 1) - 1).clamp_max(1.0)
 
 
-class SearchedPlanner:
+class SearchedPlanner(Planner):
     """The best input-independent plan at each budget: units leave in the searched order until the plan fits.
 
     The order comes from ``maskgym.policies.static.search``, which follows GSOP and DOP (Liu et al., arXiv 2507.02909)
@@ -112,7 +113,6 @@ class SearchedPlanner:
     """
 
     name = "static"
-    budgeted = True
 
     def __init__(self, backbone: Backbone, seed: int = 0, plan: str = "static.json"):
         self.backbone = backbone
@@ -127,7 +127,3 @@ class SearchedPlanner:
         device = encoding.visual_BND.device
         stays_BA = self.stays_A.to(device).expand(len(encoding), -1)
         return project(self.backbone, self.backbone.full(encoding), stays_BA, budgets_B.to(device), encoding)
-
-    def controller_flops(self, encoding: Encoding) -> int:
-        """Nothing: the choice was made beforehand."""
-        return 0
