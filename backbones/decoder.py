@@ -300,5 +300,5 @@ def _add_updates(x_PD: Tensor, updates: list[tuple[Tensor | None, Tensor]]) -> T
         if index is None:
             total_PD += update
         else:
-            total_PD.index_add_(0, index, update)
+            total_PD.index_add_(0, index, update.to(x_PD.dtype))  # under autocast the stream is wider
     return x_PD + total_PD

@@ -19,7 +19,7 @@ from maskgym.backbones.masks import Masks
 def executed_answer_logits(
     backbone: Backbone, encoding: Encoding, masks: Masks, answers: Sequence[list[int]]
 ) -> Tensor:
-    """Logits (T, V) at the places that predict each answer's tokens and its end, row after row.
+    """Logits (T, V), in float32, at the places that predict each answer's tokens and its end, row after row.
 
     Args:
         backbone: runs what the plans keep, and nothing else.
@@ -37,4 +37,4 @@ def executed_answer_logits(
         last - torch.arange(len(ids), -1, -1, device=last.device)
         for last, ids in zip(tokens.ragged.last, answers, strict=True)
     ]
-    return backbone.model.lm_head(tokens.x_PD[torch.cat(places)])
+    return backbone.model.lm_head(tokens.x_PD[torch.cat(places)]).float()

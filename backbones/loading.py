@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.errors import InputError, first_line
@@ -22,10 +22,15 @@ from maskgym.backbones.small_deltas import holds_deltas
 EMBEDDED = {name: Path(__file__).parent / f"{name}_weights" for name in ("tiny", "small")}
 """The backbones that are shipped with the project."""
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""Of weights, as commands name them; ``auto`` is ``own_dtype``."""
+
+Dtype = torch.dtype | Literal["auto"]
+
 
 def load_backbone(
     name: str = "tiny",
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = "auto",
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Backbone:
@@ -36,7 +41,8 @@ def load_backbone(
             ``"llava-hf/llava-1.5-7b-hf"``. A folder of LoRA adapters, as ``train_backbone.py`` saves them, is merged
             into the model it was trained on, one of deltas (``maskgym.backbones.small_deltas``) into SmolLM2. Nothing
             in it is run or unpickled.
-        dtype: of the weights.
+        dtype: of the weights; ``"auto"``: float32 on the CPU; elsewhere what the model's config has, which is what it
+            was saved in, and bfloat16 if it has none.
         device: where to run.
         **options: of ``Backbone``: ``heads``, ``width``, ``protected_layers``, ``max_visual_tokens``, …
 
@@ -44,25 +50,15 @@ def load_backbone(
         InputError: nothing loadable under that name, an architecture that no family covers, files that bring code or
             pickles, a package that ``small`` needs and that isn't there, or a device that isn't.
     """
-    where = place = _place_of(name)
+    place = _place_of(name)
     check_placement(dtype, device)
-    if holds_adapters(place):
-        where = _base(base_of(Path(place), name))
-    if holds_deltas(where):
-        where = converted(Path(where), name)
-    try:
-        check_files(where, name)
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        remedy = "check the folder" if isinstance(place, Path) else how_to_fetch(name)
-        raise InputError(f"backbone {name!r} could not be read ({first_line(error)}); {remedy}") from error
+    where, config = _described(place, name)
     if isinstance(where, Path):
         check_sizes(config, where, name)
+    wanted = _own_dtype(config, device) if dtype == "auto" else dtype
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            where, dtype=wanted, use_safetensors=True, trust_remote_code=False
         )
         processor = load_processor(where)
         if holds_adapters(place):
@@ -74,6 +70,54 @@ def load_backbone(
     family = FAMILIES[config.model_type]
     model.requires_grad_(False)
     return Backbone(family(model.to(device).eval(), processor), name, **options)
+
+
+def own_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """What ``load_backbone`` takes for ``dtype="auto"``, without loading a weight.
+
+    Raises:
+        InputError: as ``load_backbone``.
+    """
+    check_placement("auto", device)
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return _own_dtype(_described(_place_of(name), name)[1], device)
+
+
+def _own_dtype(config: PretrainedConfig, device: torch.device | str) -> torch.dtype:
+    if torch.device(device).type == "cpu":  # on most, narrow types are slower
+        return torch.float32
+    own: Any = config.dtype or config.get_text_config().dtype
+    return own if own in map(named_dtype, DTYPES[:-1]) else torch.bfloat16
+
+
+def named_dtype(name: str) -> Dtype:
+    """One of ``DTYPES`` as ``load_backbone`` takes it."""
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> Any:
+    """Of a dtype, as commands name it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _described(place: str | Path, name: str) -> tuple[str | Path, PretrainedConfig]:
+    """The folder or hub id that a model's weights are loaded from, and its config.
+
+    Raises:
+        InputError: neither can be read, or files that are not taken; the message has the ``name``.
+    """
+    where = _base(base_of(Path(place), name)) if holds_adapters(place) else place
+    if holds_deltas(where):
+        where = converted(Path(where), name)
+    try:
+        check_files(where, name)
+        return where, AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        remedy = "check the folder" if isinstance(place, Path) else how_to_fetch(name)
+        raise InputError(f"backbone {name!r} could not be read ({first_line(error)}); {remedy}") from error
 
 
 def _place_of(name: str) -> str | Path:
@@ -108,14 +152,16 @@ def how_to_fetch(hub_id: str) -> str:
     )
 
 
-def check_placement(dtype: torch.dtype, device: torch.device | str) -> None:
-    """Refuse a dtype that is none and a device that is not there.
+def check_placement(dtype: Dtype, device: torch.device | str) -> None:
+    """Refuse a dtype that is none, nor ``"auto"``, and a device that is not there.
 
     Raises:
         InputError: naming it.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype is {dtype!r}; it must be a torch dtype of floating point, such as torch.float32")
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(
+            f"dtype is {dtype!r}; it must be a torch dtype of floating point, such as torch.float32, or 'auto'"
+        )
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -158,10 +158,10 @@ class QueryEncoder:
         return encoded
 
     def _span(self, batch: Any, row: int) -> Tensor:
-        """Ids of the stretch of a prompt that stands for its image."""
+        """Ids of the stretch of a prompt that stands for its image, on the CPU, where prompts are laid out."""
         before, after = self.prompt_ids("")
         prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-        return prompt[len(before) : len(prompt) - len(after)]
+        return prompt[len(before) : len(prompt) - len(after)].cpu()
 
     def _check_places(self, tokens: int, places: int, query: str) -> None:
         if tokens != places or tokens > self.layout.tokens:

@@ -31,7 +31,8 @@ def answer_logits(
     questions: Sequence[Sequence[str]],
     answers: Sequence[Sequence[list[int]]],
 ) -> Tensor:
-    """Logits (T, V) at the places that predict each answer's tokens and its end, answer after answer; differentiable.
+    """Logits (T, V), in float32, at the places that predict each answer's tokens and its end, answer after answer;
+    differentiable.
 
     Args:
         backbone: one that ``can_share``.
@@ -57,7 +58,7 @@ def answer_logits(
     hidden_BSD = backbone.decoder.model(
         inputs_embeds=x_BSD, attention_mask=_mask(owner_BS, x_BSD.dtype), position_ids=places_BS, use_cache=False
     ).last_hidden_state
-    return backbone.model.lm_head(hidden_BSD[:, prefix:][asked_BS.bool()])
+    return backbone.model.lm_head(hidden_BSD[:, prefix:][asked_BS.bool()]).float()
 
 
 def _lay_out(

@@ -1,7 +1,8 @@
 """Linear layers of which only some outputs or some inputs exist, with or without a LoRA adapter on them.
 
 An adapted layer (PEFT's) computes ``W x + scaling * B A dropout(x)``: a slice of its outputs slices W and B, a slice of
-its inputs W and A, so adapters too are computed only where the plan keeps them.
+its inputs W and A, so adapters too are computed only where the plan keeps them. They are float32, so that they can
+learn in small steps, and computed in the type of W.
 
 Shape legend: P packed tokens, W columns.
 """
@@ -53,8 +54,14 @@ def _adapters(linear: Any) -> list[tuple[Tensor, Tensor, float, Any]]:
     """(A, B, scaling, dropout) of each LoRA adapter that is on and not merged into the weight."""
     if not hasattr(linear, "lora_A") or linear.disable_adapters or linear.merged:
         return []
+    dtype = linear.base_layer.weight.dtype
     return [
-        (linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name], linear.lora_dropout[name])
+        (
+            linear.lora_A[name].weight.to(dtype),
+            linear.lora_B[name].weight.to(dtype),
+            linear.scaling[name],
+            linear.lora_dropout[name],
+        )
         for name in linear.active_adapters
         if name in linear.lora_A
     ]

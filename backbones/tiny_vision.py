@@ -71,7 +71,7 @@ def train_vision(
     Raises:
         InputError: a loss that is not finite.
     """
-    head = torch.nn.Linear(backbone.hidden, labels.shape[1])
+    head, labels = torch.nn.Linear(backbone.hidden, labels.shape[1]).to(backbone.device), labels.to(backbone.device)
     towers = backbone.model.model.vision_tower, backbone.model.model.multi_modal_projector
     parameters = [*head.parameters(), *(parameter for tower in towers for parameter in tower.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)

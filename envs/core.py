@@ -174,7 +174,8 @@ class MaskingCore:
         encoding = self.bank.gather(numbers)
         _check_observable(encoding)
         text = np.zeros((len(numbers), MAX_TEXT_TOKENS, self.backbone.hidden), np.float32)
-        text[:, : encoding.text_BTD.shape[1]] = (encoding.text_BTD * encoding.text_valid_BT[..., None]).cpu().numpy()
+        text_BTD = encoding.text_BTD * encoding.text_valid_BT[..., None]
+        text[:, : text_BTD.shape[1]] = text_BTD.float().cpu().numpy()
         return {
             "visual": encoding.visual_BND.float().cpu().numpy(),
             "text": text,

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from maskgym.backbones import Backbone, atomic
 from maskgym.backbones.errors import InputError as InputError
 from maskgym.backbones.errors import printable
+from maskgym.backbones.loading import dtype_name, named_dtype, own_dtype
 from maskgym.backbones.plain_files import read_config
 from maskgym.eval.runs import RunFolder, check_place
 from maskgym.eval.saved import load_with_options
@@ -49,12 +49,22 @@ class Placement:
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the VLM and the controller run."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the VLM's weights; the controller stays in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the VLM's weights; the controller stays in float32. auto: float32 on the CPU; on a GPU the type that the VLM
+    was saved in, or bfloat16 if its config has none."""
+
+    def settle_dtype(self, backbone: str) -> None:
+        """Put what ``auto`` means for a backbone in its place, for a config that says what was done.
+
+        Raises:
+            InputError: a backbone that cannot be read, or a device that is not there.
+        """
+        if self.dtype == "auto":
+            self.dtype = dtype_name(own_dtype(backbone, self.device))
 
     def load(self, backbone: str, options: dict[str, Any] | None = None) -> Backbone:
         """The backbone, there and so; with options, if a folder has them."""
-        return load_with_options(backbone, options or {}, getattr(torch, self.dtype), self.device)
+        return load_with_options(backbone, options or {}, named_dtype(self.dtype), self.device)
 
 
 def run(main: Callable[[], None], go_on: str = "begin anew") -> None:

@@ -149,6 +149,7 @@ class ControllerRunConfig(Placement, Pricing, Answering):
             if not getattr(self, name) > 0:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is {getattr(self, name):g}; it must be above 0")
+        self.settle_dtype(self.backbone)
 
     def _price_as_begun(self) -> None:
         """A run that is resumed, and was begun by a version without the option, goes on at one token."""

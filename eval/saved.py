@@ -12,7 +12,7 @@ import torch
 from maskgym.backbones.backbone import Backbone
 from maskgym.backbones.errors import InputError
 from maskgym.backbones.expected_length import Expected, check_expected
-from maskgym.backbones.loading import EMBEDDED, load_backbone
+from maskgym.backbones.loading import EMBEDDED, Dtype, load_backbone
 from maskgym.backbones.lora import holds_adapters
 from maskgym.backbones.plain_files import MALFORMED, read_json
 from maskgym.eval.runs import RunFolder
@@ -82,7 +82,7 @@ def followed(folder: Path, name: str) -> str:
     )
 
 
-def load_with_options(name: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Backbone:
+def load_with_options(name: str, options: dict[str, Any], dtype: Dtype, device: torch.device | str) -> Backbone:
     """``load_backbone`` with the options that a folder has.
 
     Raises:

@@ -17,7 +17,7 @@ from maskgym.backbones.encoding import Query
 from maskgym.backbones.errors import InputError, as_python, check_count, first_line
 from maskgym.backbones.images import read_image, shown_path
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.loading import how_to_fetch
+from maskgym.backbones.loading import Dtype, how_to_fetch
 from maskgym.backbones.plain_files import read_records
 from maskgym.eval.evaluate import Record, check_budgets
 from maskgym.eval.runs import environment, make_folder
@@ -68,7 +68,7 @@ class AdaptiveVLM:
         place: str | Path,
         backbone: str | Backbone | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: Dtype = "auto",
         latency_model: str | Path | None = None,
     ) -> AdaptiveVLM:
         """Load a run folder of ``train_rl.py`` or ``train_gumbel.py``, what ``save_pretrained`` wrote, or a hub id.
@@ -77,7 +77,7 @@ class AdaptiveVLM:
             place: of the controller.
             backbone: by name, or loaded; by default the one that the controller was trained on.
             device: where a backbone is loaded to, and
-            dtype: of its weights.
+            dtype: of its weights; ``"auto"`` as for ``load_backbone``.
             latency_model: a file that ``python -m maskgym.eval latency --out`` wrote on this device.
 
         Raises:

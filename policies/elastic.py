@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from maskgym.backbones.survivors import RESTORED, Survivors
 from maskgym.policies.baselines import random_waits
 from maskgym.policies.checkpoints import reading_newest
 from maskgym.policies.coherent import RESTORED_SHARE, SHARPNESS, reorder_tokens
+from maskgym.policies.loss_scale import FIRST, check_scale
 from maskgym.policies.projection import least_share, project
 from maskgym.policies.training_queries import TrainingQueries
 
@@ -132,7 +134,10 @@ class ElasticTrainer(SFTTrainer):
             **options,
         )
         # Several processes synchronise gradients in the wrapped model's forward, so the losses must be computed there.
-        backbone.model.forward = self.losses
+        # For a narrow type Accelerate would bind a method to the model anew.
+        backbone.model.forward = partial(self.losses)
+        if args.fp16 and self.accelerator.device.type == "cpu":  # which Accelerate takes for no place for float16
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=FIRST)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -147,6 +152,8 @@ class ElasticTrainer(SFTTrainer):
         self._ids = inputs["ids"]
         parts = model(**{name: value for name, value in inputs.items() if name != "ids"}, plans_from=plans_from)
         total = torch.stack(list(parts.values())).sum()
+        if self.accelerator.scaler is not None:
+            check_scale(self.accelerator.scaler, self._where)
         if not torch.isfinite(total):
             rate = f"lower --learning-rate (now {self.args.learning_rate:g})"
             raise InputError(f"the loss is {total.item()} {self._where()}; {rate}")

@@ -1,6 +1,7 @@
 """The backbone's weights learn together with a controller, as AdaLLaVA's do.
 
-The language model's layers learn; vision tower, projector and embeddings stay, so images are still encoded once.
+The language model's layers learn; vision tower, projector and embeddings stay, so images are still encoded once. What
+learns is kept in float32, whatever type the backbone computes in: adapters are, and narrow weights follow a copy.
 
 Shape legend: B rows, A flat action length.
 """
@@ -26,6 +27,7 @@ from maskgym.backbones.masks import Masks
 from maskgym.envs.scoring import reference
 from maskgym.policies.adapters import lora_config, save_model
 from maskgym.policies.checkpoints import optimizer_tensors, restore_optimizer
+from maskgym.policies.loss_scale import LossScale
 from maskgym.policies.relaxed_training import answer_targets
 
 WAYS = ("off", "lora", "full")
@@ -59,16 +61,34 @@ class JointTuning:
             raise InputError(f"--tune-backbone is {way!r}; it must be one of {', '.join(WAYS)}")
         backbone.model.eval()  # adapters come in training mode, with dropout
         self.weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=learning_rate, weight_decay=0.0)
-        refuse_bad_gradients(self.optimizer, lambda: "in the tuned backbone")
+        self.masters = {name: _master(weight) for name, weight in self.weights.items()}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, weight_decay=0.0)
+        refuse_bad_gradients(self.optimizer, self._where)
+        self.scale = LossScale(backbone)
 
-    def step(self, progress: float) -> None:
-        """Follow the gradients that have been computed, after a share of the training."""
+    def step(self, progress: float, scale: LossScale) -> None:
+        """Follow the gradients that have been computed, after a share of the training.
+
+        Args:
+            progress: the share.
+            scale: of the loss that they are of.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * (1 - progress)
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-        self.optimizer.step()
+        pairs = zip(self.weights.values(), self.masters.values(), strict=True)
+        narrow = [(weight, master) for weight, master in pairs if weight is not master]
+        for weight, master in narrow:
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        scale.step(self.optimizer, self.masters.values())
+        with torch.no_grad():
+            for weight, master in narrow:
+                weight.copy_(master)
         self.optimizer.zero_grad()
+
+    @staticmethod
+    def _where() -> str:
+        return "in the tuned backbone"
 
     def learn(self, bank: EncodingBank, numbers: Sequence[int] | np.ndarray, masks: Masks, progress: float) -> float:
         """Learn the answers of some queries under plans that are executed; returns the mean loss.
@@ -93,23 +113,27 @@ class JointTuning:
                     f"the tuned backbone's loss is {loss.item()} ({queries_named(encoding.ids)}); lower --tune-rate "
                     f"(now {self.learning_rate:g})"
                 )
-            loss.backward()
-            self.step(progress)
+            self.scale.backward(loss)
+            self.step(progress, self.scale)
+            self.scale.update(self._where)
             losses.append(loss.item())
         return float(np.mean(losses))
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimiser, for a checkpoint."""
-        weights = {f"{PREFIX}{name}": weight.detach() for name, weight in self.weights.items()}
-        return weights | {f"{PREFIX}{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        weights = {f"{PREFIX}{name}": master.detach() for name, master in self.masters.items()}
+        more = optimizer_tensors(self.optimizer) | self.scale.tensors()
+        return weights | {f"{PREFIX}{name}": value for name, value in more.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Continue from a checkpoint."""
         own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
         with torch.no_grad():
             for name, weight in self.weights.items():
+                self.masters[name].copy_(own[name])
                 weight.copy_(own[name])
         restore_optimizer(self.optimizer, own)
+        self.scale.restore(own)
 
     def save(self, folder: Path) -> None:
         """Write what ``load_backbone`` reads: adapters, or the whole model.
@@ -119,3 +143,8 @@ class JointTuning:
         save_model(self.model, self.backbone, folder)
         if isinstance(self.model, PeftModel):
             self.model.merge_and_unload()
+
+
+def _master(weight: Tensor) -> Tensor:
+    """What learns: the weight, or, of a narrow one, which would round small steps away, a copy in float32."""
+    return weight if weight.dtype.itemsize >= 4 else weight.detach().float().requires_grad_()

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten
 
 CUDA = torch.device("cuda:0")
 
-_GET_DEVICE, _IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__
+_GET_DEVICE, _IS_CUDA, _SET_DATA = Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.data.__set__
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__, torch.index_put, Tensor.index_put, Tensor.index_put_}
-_ANYWHERE = {"copy_", "__set__", "backward"}
+_ANYWHERE = {"copy_", "__set__", "backward", "_has_compatible_shallow_copy_type"}
 """Operations that take tensors of several devices."""
 _PLAIN = {"tolist", "item", "numpy", "__bool__", "size", "dim"}
 """Operations whose results are on no device."""
@@ -57,6 +57,9 @@ class FakeCuda(TorchFunctionMode):
         if func in (Tensor.cpu, Tensor.cuda):
             moved = args[0].clone() if tagged(args[0]) != (func is Tensor.cuda) else args[0]
             return tag(moved) if func is Tensor.cuda else moved
+        if func == _SET_DATA:  # how a module's weights move
+            func(*args)
+            return tag(args[0]) if tagged(args[1]) else _tags.pop(id(args[0]), None)
         asked = kwargs.get("device")
         if asked is not None and _is_cuda(asked):
             kwargs["device"] = "cpu"
@@ -105,34 +108,30 @@ class FakeCuda(TorchFunctionMode):
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
     """Within, ``"cuda"`` is a device; models can be made on it and moved to it."""
-    make, move = nn.Parameter.__new__, nn.Module.to
+    make = nn.Parameter.__new__
 
     def made(cls, data=None, requires_grad=True):
         parameter = make(cls, data, requires_grad)
         return tag(parameter) if data is not None and tagged(data) else parameter
-
-    def moved(module, *args, **kwargs):
-        places = [part for part in (*args, *kwargs.values()) if isinstance(part, str | torch.device)]
-        here = ["cpu" if part in places else part for part in args]
-        move(module, *here, **{key: "cpu" if value in places else value for key, value in kwargs.items()})
-        if any(map(_is_cuda, places)):
-            for tensor in (*module.parameters(), *module.buffers()):
-                tag(tensor)
-        return module
 
     nothing = {
         name: mock.DEFAULT for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "max_memory_allocated")
     }
     with (
         mock.patch.object(nn.Parameter, "__new__", made),
-        mock.patch.object(nn.Module, "to", moved),
         mock.patch.multiple(torch.cuda, **nothing) as patched,
         mock.patch.multiple(
             torch.cuda,
             is_available=lambda: True,
+            device_count=lambda: 1,
+            current_device=lambda: 0,
+            set_device=lambda device: None,
+            is_bf16_supported=lambda *_: True,
+            get_device_capability=lambda device=None: (9, 0),
             get_device_name=lambda device=None: "fake",
             get_device_properties=lambda device=None: mock.Mock(total_memory=8 * 10**10),
         ),
+        mock.patch.object(torch.cuda.random, "get_rng_state", lambda *_: torch.get_rng_state()),
         FakeCuda() as mode,
     ):
         patched["max_memory_allocated"].return_value = 0

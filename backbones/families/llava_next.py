@@ -43,7 +43,7 @@ class LlavaNextFamily(ClipSaliencyFamily):
         tiles = [self._tiles(batch, row) for row in range(images)]
         rows: list[dict[str, Saliency]] = [{} for _ in tiles]
         for signal, (received, keys, flops) in said.items():
-            both = torch.cat([received[..., None].to(keys.dtype), keys], dim=2)
+            both = torch.cat([received[..., None], keys.float()], dim=2)  # narrow types would tie scores
             packed, _ = self.model.model.pack_image_features(
                 list(both.split(tiles)),
                 batch["image_sizes"],
@@ -51,7 +51,7 @@ class LlavaNextFamily(ClipSaliencyFamily):
                 image_newline=both.new_zeros(both.shape[2]),
             )
             for row, count, values in zip(rows, tiles, packed, strict=True):
-                row[signal] = Saliency(values[:, 0].float(), values[:, 1:], flops=count * flops)
+                row[signal] = Saliency(values[:, 0], values[:, 1:].to(keys.dtype), flops=count * flops)
         return rows
 
     def _tiles(self, batch: Any, row: int) -> int:

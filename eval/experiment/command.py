@@ -124,6 +124,7 @@ class Experiment(cli.Placement, Pricing, Answering):
         for option in ("total_queries", "tuning_queries", "jobs", "test_queries"):
             if getattr(self, option) is not None and getattr(self, option) < 1:
                 raise cli.InputError(f"--{option.replace('_', '-')} is {getattr(self, option)}; it must be at least 1")
+        self.settle_dtype(self.backbone)
         own = ["backbone", "data", "budgets", "total_queries", "test_queries", "tuning_queries", "dtype"]
         own += ["max_new_tokens", "answer_tokens"]
         head = json.loads(json.dumps({option: getattr(self, option) for option in own}))

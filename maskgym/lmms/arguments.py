@@ -10,12 +10,11 @@ import torch
 
 from maskgym.adaptive import DEFAULT_BUDGET, AdaptiveVLM
 from maskgym.backbones.errors import InputError
+from maskgym.backbones.loading import DTYPES, named_dtype
 from maskgym.eval.evaluate import Record, check_budgets
 from maskgym.lmms.answering import Answering
 from maskgym.lmms.recorded import Recorded, RecordFile
 from maskgym.lmms.requests import Request
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Answerer(Protocol):
@@ -42,7 +41,7 @@ class Arguments:
         records: a new file for the records of all requests and budgets; needed for several.
         backbone: by default the one that the controller was trained on.
         device: by default CUDA, where there is one.
-        dtype: of the backbone's weights, one of ``DTYPES``.
+        dtype: of the backbone's weights, one of ``maskgym.backbones.loading.DTYPES``.
         batch_size: requests answered together.
         max_batch_size: lmms-eval's, of no use here: a batch size is not searched for.
     """
@@ -53,7 +52,7 @@ class Arguments:
     records: str | None = None
     backbone: str | None = None
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
     batch_size: int | str = 1
     max_batch_size: int | None = None
 
@@ -138,5 +137,5 @@ class Arguments:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if processes > 1 and device == "cuda":
             device = f"cuda:{local_rank}"
-        vlm = AdaptiveVLM.from_pretrained(str(self.pretrained), self.backbone, device, getattr(torch, self.dtype))
+        vlm = AdaptiveVLM.from_pretrained(str(self.pretrained), self.backbone, device, named_dtype(self.dtype))
         return Answering(vlm.planner, vlm.backbone, self.budgets, size, file.append if file else None)

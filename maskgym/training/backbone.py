@@ -21,12 +21,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 import datasets
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
 from maskgym.backbones import Backbone, EncodingBank, InputError, load_backbone
 from maskgym.backbones.families.llava import LlavaFamily
 from maskgym.backbones.left_out import MAX_FAILED, LeftOut, check_max_failed
+from maskgym.backbones.loading import dtype_name, named_dtype, own_dtype
 from maskgym.backbones.tiny import build_tiny
 from maskgym.backbones.tiny_vision import said_labels, train_vision
 from maskgym.envs.answer_length import say_cuts
@@ -88,8 +90,10 @@ class BackboneConfig(Answering):
     """Steps of warm-up."""
     budgets: tuple[float, float] = (0.1, 1.0)
     """Random plans' budgets are uniform between these."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the computation."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the computation, and of the weights but for those that learn, which are float32 until they are saved. auto:
+    float32 on the CPU and from scratch; on a GPU the type that the model was saved in, or bfloat16 if its config has
+    none."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train; for several GPUs, launch with `accelerate launch train_backbone.py ... --device cuda`."""
     seed: int = 0
@@ -143,15 +147,29 @@ def check(config: BackboneConfig) -> None:
         raise InputError(f"--muon-rate {config.muon_rate:g} has no effect on adapters; leave it out")
 
 
+def settle_dtype(config: BackboneConfig) -> None:
+    """Put what ``auto`` means here in its place, for a config that says what was done.
+
+    Raises:
+        InputError: a backbone that cannot be read, or a device that is not there.
+    """
+    if config.dtype == "auto":
+        scratch = config.backbone == "scratch"
+        config.dtype = "float32" if scratch else dtype_name(own_dtype(config.backbone, config.device))
+
+
 def build(config: BackboneConfig, train: DatasetQueries) -> Backbone:
     """The backbone to train. From scratch its vocabulary is the words of the training split."""
     if config.backbone != "scratch":
-        backbone = load_backbone(config.backbone, getattr(torch, config.dtype), config.device)
+        kept = torch.float32 if not config.lora_rank else named_dtype(config.dtype)
+        backbone = load_backbone(config.backbone, kept, config.device)
         backbone.model.requires_grad_(not config.lora_rank)
         return backbone
     torch.manual_seed(config.seed)
     texts = [text for number in range(len(train)) for text in (train.text(number)[1], *train.text(number)[2])]
-    return Backbone(LlavaFamily(*build_tiny(texts)), "tiny")
+    model: Any
+    model, processor = build_tiny(texts)
+    return Backbone(LlavaFamily(model.to(config.device), processor), "tiny")
 
 
 def draw(config: BackboneConfig, queries: DatasetQueries, processes: int = 1) -> datasets.Dataset:
@@ -259,6 +277,7 @@ def trainer_options(config: BackboneConfig, folder: RunFolder) -> SFTConfig:
         seed=config.seed,
         use_cpu=config.device == "cpu",
         bf16=config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
         gradient_checkpointing=False,
         ddp_find_unused_parameters=True,
         remove_unused_columns=False,
@@ -282,6 +301,7 @@ class Stopping(TrainerCallback):
 def main(arguments: Sequence[str] | None = None) -> None:
     config = cli.parse(BackboneConfig, arguments)
     check(config)
+    settle_dtype(config)
     out = RunFolder.begun(config.out, config, config.resume) if leads() else nullcontext(RunFolder(config.out))
     with out as folder, deterministic(config.deterministic):
         run(config, folder)
@@ -338,6 +358,8 @@ def save(config: BackboneConfig, folder: RunFolder, trainer: ElasticTrainer, bac
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora_rank and config.merge:
         model = model.merge_and_unload()
+    if not isinstance(model, PeftModel):
+        model = model.to(named_dtype(config.dtype))
     save_model(model, backbone, folder.model)
 
 

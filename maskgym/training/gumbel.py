@@ -43,6 +43,7 @@ from maskgym.policies.checkpoints import (
 from maskgym.policies.controller import TwoLevelController
 from maskgym.policies.decisions import Decider
 from maskgym.policies.learned import planner_of
+from maskgym.policies.loss_scale import LossScale
 from maskgym.policies.relaxed_training import Learner, RelaxationSettings, RelaxedBatch, RelaxedLearner
 
 
@@ -154,6 +155,7 @@ class Trainer:
         self.controller = self.learner.controller
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=config.learning_rate)
         refuse_bad_gradients(self.optimizer, self._where)
+        self.scale = LossScale(backbone)
         self.bank = EncodingBank(backbone, load_queries(config.data, "train"))
         self.left_out = LeftOut.of(self.bank, self._room, config.max_failed)
         self.queries = 0
@@ -200,11 +202,11 @@ class Trainer:
                 f"(now {self.config.learning_rate:g}) or raise the last of --temperatures"
             )
         self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.controller.parameters(), 1.0)
-        self.optimizer.step()
+        self.scale.backward(loss)
+        self.scale.step(self.optimizer, self.controller.parameters())
         if self.tuning is not None:
-            self.tuning.step(self.progress)
+            self.tuning.step(self.progress, self.scale)
+        self.scale.update(self._where)
         self.queries += self.config.batch_size
         return {"reward": -loss.item(), **{name: part.item() for name, part in parts.items()}}
 
@@ -264,7 +266,7 @@ class Trainer:
         """Write a checkpoint of everything that the run's future depends on."""
         random_tensors, random_rest = random_state()
         weights = {f"controller.{name}": value for name, value in self.controller.state_dict().items()}
-        tensors = {**weights, **optimizer_tensors(self.optimizer), **random_tensors}
+        tensors = {**weights, **optimizer_tensors(self.optimizer), **random_tensors, **self.scale.tensors()}
         tensors |= {} if self.tuning is None else self.tuning.tensors()
         state = {"queries": self.queries, "recent": self._recent, "random": random_rest, **self.journal.state()}
         state["left_out"] = self.left_out.state()
@@ -290,6 +292,7 @@ class Trainer:
             self.journal.load_state(state)
             if "left_out" in state:  # checkpoints of versions that ended at the first query that failed have none
                 self.left_out.load_state(state["left_out"])
+            self.scale.restore(tensors)
             restore_random_state(tensors, state["random"])
 
 

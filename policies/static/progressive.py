@@ -138,7 +138,7 @@ class SparseVLMPlanner(ProgressivePlanner):
         valid_BN = encoding.visual_valid_BN
         first_B1 = encoding.visual_places_BN.masked_fill(~valid_BN, -1).amax(1, keepdim=True)
         asks_BT = encoding.text_valid_BT & (encoding.text_places_BT > first_B1)
-        alike_BNT = (encoding.visual_BND @ encoding.text_BTD.transpose(1, 2)).float()
+        alike_BNT = encoding.visual_BND.float() @ encoding.text_BTD.float().transpose(1, 2)
         shares_BNT = alike_BNT.masked_fill(~asks_BT[:, None], -torch.inf).softmax(2)
         mean_BT = (shares_BNT * valid_BN[..., None]).sum(1) / valid_BN.sum(1, keepdim=True)
         raters_BT = asks_BT & (mean_BT > mean_BT.sum(1, keepdim=True) / asks_BT.sum(1, keepdim=True))
