@@ -27,6 +27,7 @@ from maskgym.eval.bench_shapes import llava_7b
 from maskgym.eval.bench_training import gumbel_speed, ppo_speed
 from maskgym.eval.latency import device_name, peak_bytes
 from maskgym.eval.report import markdown
+from maskgym.eval.runs import check_place
 
 Result = dict[str, Any]
 
@@ -149,6 +150,7 @@ class Gpu:
             raise InputError(f"--seconds is {self.seconds:g}; it must be above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("there is no CUDA in this process; run it where there is, or give --device cpu")
+        check_place(self.out)
         figures = table(measure(Machine(self.device), self.out, self.seconds))
         atomic.write_text(self.out / "table.md", figures + "\n")
         print(figures)

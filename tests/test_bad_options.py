@@ -342,6 +342,15 @@ COMMANDS = [
         )
     ),
     *(
+        Line(f"eval gpu --device cpu {given}", words)
+        for given, words in (
+            ("--out gpu --seconds 0", "--seconds is 0"),
+            ("--out gpu --seconds nan", "--seconds is nan"),
+            ("--out {desk}/empty/gpu", "'{desk}/empty' is a file"),
+            ("--device tpu", "tpu"),
+        )
+    ),
+    *(
         Line(f"eval search-static {HERE} --out static.json {given}", words)
         for given, words in (
             ("--queries 0", "--queries is 0"),
