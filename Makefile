@@ -31,6 +31,6 @@ gpu: ## What the project claims, measured on the GPU that is here: 150 seconds, 
 	python -m maskgym.eval gpu --out results/gpu
 
 small: ## Grow the backbone small anew on the GPU that is here: ten minutes, into runs/small
-	python -m maskgym.policies.grow plans --out runs/small
-	python -m maskgym.policies.grow tower --out runs/small --images 128 --seconds 75
-	python -m maskgym.policies.grow language --out runs/small --seconds 425 --compile
+	python -m maskgym.training.grow plans --out runs/small
+	python -m maskgym.training.grow tower --out runs/small --images 128 --seconds 75
+	python -m maskgym.training.grow language --out runs/small --seconds 425 --compile

@@ -2,11 +2,11 @@
 
 from maskgym.backbones.answers import Answers
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.cost import Cost
-from maskgym.backbones.encoding import Encoding, EncodingBank, Query
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.loading import load_backbone
-from maskgym.backbones.masks import MaskLayout, Masks
+from maskgym.backbones.encodings.encoding import Encoding, EncodingBank, Query
+from maskgym.backbones.loading.load import load_backbone
+from maskgym.backbones.plans.cost import Cost
+from maskgym.backbones.plans.masks import MaskLayout, Masks
+from maskgym.common.errors import InputError
 
 __all__ = [
     "Answers",

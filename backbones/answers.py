@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maskgym.backbones.masks import Masks
+from maskgym.backbones.plans.masks import Masks
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from maskgym.backbones.answers import Answers, Limit, Said
-from maskgym.backbones.arrange import arrange
-from maskgym.backbones.cost import Cost
-from maskgym.backbones.decoder import MaskedDecoder
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError, check_count, query_named
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.engine.arrange import arrange
+from maskgym.backbones.engine.decoder import MaskedDecoder
+from maskgym.backbones.engine.kv_cache import KVCache
+from maskgym.backbones.engine.packed import Packed, pack
 from maskgym.backbones.expected_length import Expected, check_expected
-from maskgym.backbones.family import Family
-from maskgym.backbones.kv_cache import KVCache
-from maskgym.backbones.masks import MaskLayout, Masks
-from maskgym.backbones.packed import Packed, pack
-from maskgym.backbones.plan_cost import making_flops
+from maskgym.backbones.families.family import Family
+from maskgym.backbones.plans.cost import Cost
+from maskgym.backbones.plans.masks import MaskLayout, Masks
+from maskgym.backbones.plans.plan_cost import making_flops
+from maskgym.backbones.plans.stages import token_counts
 from maskgym.backbones.query_encoder import QueryEncoder
-from maskgym.backbones.stages import token_counts
+from maskgym.common.errors import InputError, check_count, query_named
 
 
 class Backbone(QueryEncoder):

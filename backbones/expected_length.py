@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from maskgym.backbones.errors import InputError, check_count
+from maskgym.common.errors import InputError, check_count
 
 Expected: TypeAlias = int | Mapping[str, Any]
 """A number of tokens, or a tree of such."""

@@ -15,12 +15,12 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from maskgym.backbones.atomic import write_json
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
+from maskgym.common.atomic import write_json
+from maskgym.common.errors import InputError
+from maskgym.common.plain_files import MALFORMED, read_json
 
 FEATURES = ("one call", "layers run", "weights read", "linear FLOPs", "attention FLOPs")
 

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from maskgym.backbones.encoding import LOOKED_UP, EncodedImage, Encoding, Query
-from maskgym.backbones.errors import InputError, query_named
+from maskgym.backbones.encodings.encoding import LOOKED_UP, EncodedImage, Encoding, Query
+from maskgym.backbones.encodings.saliency import SIGNALS, stack
 from maskgym.backbones.expected_length import Expected, expected_tokens
-from maskgym.backbones.family import Family
-from maskgym.backbones.masks import MaskLayout
-from maskgym.backbones.saliency import SIGNALS, stack
+from maskgym.backbones.families.family import Family
+from maskgym.backbones.plans.masks import MaskLayout
+from maskgym.common.errors import InputError, query_named
 
 
 class QueryEncoder:
@@ -119,7 +119,7 @@ class QueryEncoder:
         """Ask the vision tower, from now on, for what planners read of it.
 
         Args:
-            signals: of ``maskgym.backbones.saliency.SIGNALS``.
+            signals: of ``maskgym.backbones.encodings.saliency.SIGNALS``.
 
         Raises:
             InputError: something that this family's tower does not have.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import EncodedImage
+from maskgym.backbones.encodings.encoding import EncodedImage
 
 PREFIX, PADDING = -1, -2
 

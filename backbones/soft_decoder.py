@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from maskgym.backbones.attention import rotate
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.masks import Masks
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.engine.attention import rotate
+from maskgym.backbones.plans.masks import Masks
 
 CEILING = 5.0
 """Attention logits of tokens that are hardly there count at most so much above the largest other: their exponential,
@@ -57,7 +57,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class SoftMidway:
-    """A decision on entering a layer, as ``maskgym.backbones.midway`` has it, relaxed.
+    """A decision on entering a layer, as ``maskgym.backbones.plans.midway`` has it, relaxed.
 
     Attributes:
         layer: the first that is decided on.

@@ -1,8 +1,8 @@
 """Choosing masks as a reinforcement-learning environment."""
 
 from maskgym.envs.core import MaskingCore
+from maskgym.envs.data.queries import DatasetQueries, load_queries
 from maskgym.envs.masking_env import MaskingEnv, MaskingVectorEnv
-from maskgym.envs.queries import DatasetQueries, load_queries
 from maskgym.envs.rewards import REWARDS, RewardTerms, WeightedReward
 from maskgym.envs.sb3_env import MaskingVecEnv
 

@@ -16,20 +16,20 @@ from gymnasium.utils import seeding
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding, EncodingBank, QuerySource
-from maskgym.backbones.errors import InputError, as_python, check_count, printable
-from maskgym.backbones.finite import check_finite
+from maskgym.backbones.encodings.encoding import Encoding, EncodingBank, QuerySource
+from maskgym.backbones.encodings.left_out import MAX_FAILED, LeftOut
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.left_out import MAX_FAILED, LeftOut
-from maskgym.backbones.loading import load_backbone
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.survivors import Survivors
-from maskgym.envs.answer_length import answer_cut
+from maskgym.backbones.loading.load import load_backbone
+from maskgym.backbones.plans.masks import Masks
+from maskgym.backbones.plans.survivors import Survivors
+from maskgym.common.errors import InputError, as_python, check_count, printable
+from maskgym.common.finite import check_finite
+from maskgym.envs.data.answer_length import answer_cut
+from maskgym.envs.data.queries import load_queries
+from maskgym.envs.data.scoring import reference, score
 from maskgym.envs.frames import frames
-from maskgym.envs.queries import load_queries
 from maskgym.envs.resets import ResetNeeded, fixed, one_each
 from maskgym.envs.rewards import Reward, RewardTerms, WeightedReward
-from maskgym.envs.scoring import reference, score
 
 OBSERVATIONS = ("id", "features")
 OVERFLOW = "look at its weights, or give --dtype a wider type"
@@ -57,9 +57,9 @@ class MaskingCore:
         observation: ``"id"``: the query's number in the bank; ``"features"``: its visual tokens and text embeddings.
         controller_flops: what choosing a plan costs, charged to the budget: a number, or a function of the (B,)
             text tokens.
-        max_new_tokens: answers are cut there; by default as ``maskgym.envs.answer_length.cut_of`` has it.
+        max_new_tokens: answers are cut there; by default as ``maskgym.envs.data.answer_length.cut_of`` has it.
         latency_model: predicts prefill times, for rewards that ask for them.
-        positions: how the kept tokens are laid out; see ``maskgym.backbones.survivors``.
+        positions: how the kept tokens are laid out; see ``maskgym.backbones.plans.survivors``.
         merge: whether dropped tokens are averaged into kept ones.
         reward_seconds: that each reward may take for a batch; 0: any time.
         max_failed: share, in [0, 1), of the drawn queries that may fail, an unreadable image, say: each is named on

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maskgym.backbones.encoding import EncodingBank
-from maskgym.backbones.errors import InputError
+from maskgym.backbones.encodings.encoding import EncodingBank
+from maskgym.common.errors import InputError
 
 RENDER_MODES = ("rgb_array",)
 SIDE = 256

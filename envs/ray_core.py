@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
 from maskgym.envs.core import MaskingCore
 from maskgym.envs.rewards import RewardTerms
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium
 
-from maskgym.backbones.errors import InputError, as_python
+from maskgym.common.errors import InputError, as_python
 
 NAMES = ("query", "budget")
 

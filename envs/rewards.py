@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from maskgym.backbones.errors import InputError, printable, queries_named, was_interrupted
-from maskgym.backbones.naming import import_dotted
-from maskgym.backbones.time_limit import TimeLimitError, check_seconds, within
+from maskgym.common.errors import InputError, printable, queries_named, was_interrupted
+from maskgym.common.naming import import_dotted
+from maskgym.common.time_limit import TimeLimitError, check_seconds, within
 from maskgym.envs.lagrangian import Lagrangian
 
 
@@ -128,7 +128,7 @@ class WeightedReward:
 
     Args:
         parts: ``NAME``, ``package.module:function``, or either behind ``WEIGHT*``; one, or several to be summed.
-        seconds: that each may take for a batch; 0: any time. See ``maskgym.backbones.time_limit`` for what is stopped.
+        seconds: that each may take for a batch; 0: any time. See ``maskgym.common.time_limit`` for what is stopped.
 
     Raises:
         InputError: an unknown name, a path that cannot be imported, a weight that is no number, or no time limit.

@@ -10,7 +10,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
 from maskgym.envs.core import MaskingCore, Slots
 from maskgym.envs.frames import checked_mode
 from maskgym.envs.resets import one_each

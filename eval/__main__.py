@@ -16,25 +16,27 @@ from tqdm import tqdm
 
 from maskgym.backbones import EncodingBank
 from maskgym.envs import load_queries
-from maskgym.envs.answer_length import say_cuts
-from maskgym.eval import cli, elasticity, gradients, report
+from maskgym.envs.data.answer_length import say_cuts
+from maskgym.eval import cli
 from maskgym.eval.answering import Answering
-from maskgym.eval.audit import Audit
-from maskgym.eval.bench import bench, bench_table
+from maskgym.eval.bench.gpu import Gpu
+from maskgym.eval.bench.table import bench, bench_table
 from maskgym.eval.demo.command import Demo
-from maskgym.eval.evaluate import Record, check_budgets, outcomes_met
 from maskgym.eval.experiment.command import Experiment
-from maskgym.eval.failures import working
-from maskgym.eval.gpu import Gpu
-from maskgym.eval.latency import calibrate, device_name, measure
+from maskgym.eval.measure import report
+from maskgym.eval.measure.evaluate import Record, check_budgets, outcomes_met
+from maskgym.eval.measure.failures import working
+from maskgym.eval.measure.latency import calibrate, device_name, measure
+from maskgym.eval.measure.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
 from maskgym.eval.policies import backbone_of, load_planner, load_planners, with_layout
 from maskgym.eval.pricing import Pricing
-from maskgym.eval.question_only import QuestionOnly, question_only_accuracy
-from maskgym.eval.scale_out import ScaleOut
-from maskgym.eval.search_static import SearchStatic
-from maskgym.eval.timing import add_timing, first_queries, how_to_calibrate, latency_table, load_latency_model
-from maskgym.eval.tune import Tune
-from maskgym.policies.keep import check_share
+from maskgym.eval.studies import elasticity, gradients
+from maskgym.eval.studies.audit import Audit
+from maskgym.eval.studies.question_only import QuestionOnly, question_only_accuracy
+from maskgym.eval.studies.scale_out import ScaleOut
+from maskgym.eval.studies.search_static import SearchStatic
+from maskgym.eval.studies.tune import Tune
+from maskgym.policies.wrappers.keep import check_share
 
 
 @dataclass

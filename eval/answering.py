@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -19,14 +19,15 @@ from typing import Any, Literal, NoReturn, TextIO, TypeVar
 import tyro
 from tqdm import tqdm
 
-from maskgym.backbones import Backbone, atomic
-from maskgym.backbones.errors import InputError as InputError
-from maskgym.backbones.errors import printable
-from maskgym.backbones.loading import dtype_name, named_dtype, own_dtype
-from maskgym.backbones.plain_files import read_config
-from maskgym.eval.runs import RunFolder, check_place
+from maskgym.backbones import Backbone
+from maskgym.backbones.loading.load import dtype_name, named_dtype, own_dtype
+from maskgym.common import atomic
+from maskgym.common.errors import InputError as InputError
+from maskgym.common.errors import printable
+from maskgym.common.plain_files import read_config
+from maskgym.common.run_folder import RunFolder, check_place
+from maskgym.common.stopping import Stopped, StopSignals
 from maskgym.eval.saved import load_with_options
-from maskgym.eval.stopping import Stopped, StopSignals
 
 ConfigT = TypeVar("ConfigT")
 

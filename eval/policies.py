@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.errors import InputError
 from maskgym.backbones.expected_length import Expected, described
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.naming import import_dotted, parse_options
-from maskgym.eval.runs import RunFolder
+from maskgym.common.errors import InputError
+from maskgym.common.naming import import_dotted, parse_options
+from maskgym.common.run_folder import RunFolder
 from maskgym.eval.saved import described_backbone, expected_by, followed, is_saved, load_saved_controller
 from maskgym.policies.baselines import BASELINES
-from maskgym.policies.chain import THEN, ChainPlanner
-from maskgym.policies.keep import KeepPlanner
-from maskgym.policies.layout import MERGE, POSITIONS, LaidOutPlanner
-from maskgym.policies.learned import load_controller, planner_of
-from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.controller.learned import load_controller, planner_of
 from maskgym.policies.planner import Planner, adopted
+from maskgym.policies.wrappers.chain import THEN, ChainPlanner
+from maskgym.policies.wrappers.keep import KeepPlanner
+from maskgym.policies.wrappers.layout import MERGE, POSITIONS, LaidOutPlanner
+from maskgym.policies.wrappers.milliseconds import MillisecondPlanner
 
 GIVEN = ("backbone", "seed")
 """What every planner is made with, and is no option."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.errors import InputError
 from maskgym.backbones.expected_length import Expected, check_expected, described
-from maskgym.envs.answer_length import answer_cut
-from maskgym.envs.expected_length import mean_length, predicted_length
-from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.common.errors import InputError
+from maskgym.envs.data.answer_length import answer_cut
+from maskgym.envs.data.expected_length import mean_length, predicted_length
+from maskgym.envs.data.queries import DatasetQueries, load_queries
 from maskgym.eval.policies import expectation_of
 
 

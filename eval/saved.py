@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.errors import InputError
 from maskgym.backbones.expected_length import Expected, check_expected
-from maskgym.backbones.loading import EMBEDDED, Dtype, load_backbone
-from maskgym.backbones.lora import holds_adapters
-from maskgym.backbones.plain_files import MALFORMED, read_json
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.learned import EXPECTED, Controller, expectation_in, load_controller
+from maskgym.backbones.loading.load import EMBEDDED, Dtype, load_backbone
+from maskgym.backbones.loading.lora import holds_adapters
+from maskgym.common.errors import InputError
+from maskgym.common.plain_files import MALFORMED, read_json
+from maskgym.common.run_folder import RunFolder
+from maskgym.policies.controller.learned import EXPECTED, Controller, expectation_in, load_controller
 
 DESCRIPTION, MODEL = "adaptive.json", "model"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -11,23 +11,23 @@ from typing import Any, Literal, TypeGuard, overload
 import torch
 from PIL import Image
 
-from maskgym.backbones.atomic import write_json, write_text
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.errors import InputError, as_python, check_count, first_line
-from maskgym.backbones.images import read_image, shown_path
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.backbones.encodings.images import read_image, shown_path
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.loading import Dtype, how_to_fetch
-from maskgym.backbones.plain_files import read_records
-from maskgym.eval.evaluate import Record, check_budgets
-from maskgym.eval.runs import environment, make_folder
+from maskgym.backbones.loading.load import Dtype, how_to_fetch
+from maskgym.common.atomic import write_json, write_text
+from maskgym.common.errors import InputError, as_python, check_count, first_line
+from maskgym.common.plain_files import read_records
+from maskgym.common.run_folder import environment, make_folder
+from maskgym.eval.measure.evaluate import Record, check_budgets
+from maskgym.eval.measure.timing import how_to_calibrate, load_latency_model
 from maskgym.eval.saved import DESCRIPTION, MODEL, described_backbone, followed, load_with_options
-from maskgym.eval.timing import how_to_calibrate, load_latency_model
 from maskgym.model_card import model_card
 from maskgym.policies.adapters import save_model
-from maskgym.policies.learned import Controller, load_controller, planner_of, save_controller
-from maskgym.policies.milliseconds import MillisecondPlanner
-from maskgym.policies.replies import Planned, Reply, Stream
+from maskgym.policies.controller.learned import Controller, load_controller, planner_of, save_controller
+from maskgym.policies.wrappers.milliseconds import MillisecondPlanner
+from maskgym.policies.wrappers.replies import Planned, Reply, Stream
 
 RECORDS = "result.json"
 DEFAULT_BUDGET = 0.5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.eval.evaluate import Record
-from maskgym.eval.report import table
+from maskgym.eval.measure.evaluate import Record
+from maskgym.eval.measure.report import table
 
 
 def model_card(name: str, backbone: Backbone, whole: bool, records: Sequence[Record]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from maskgym.backbones.atomic import whole_folder
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.errors import InputError
+from maskgym.common.atomic import whole_folder
+from maskgym.common.errors import InputError
 
 
 def lora_config(backbone: Backbone, rank: int) -> LoraConfig:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.masks import AXES, Masks
-from maskgym.policies.even import EvenPlanner
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import AXES, Masks
 from maskgym.policies.planner import Planner
-from maskgym.policies.projection import project
+from maskgym.policies.planning.even import EvenPlanner
+from maskgym.policies.planning.projection import project
 from maskgym.policies.static import STATIC
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.masks import Masks
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
 
 
 class Planner(ABC):
@@ -22,7 +22,7 @@ class Planner(ABC):
     Attributes:
         name: how it is called in records.
         budgeted: whether it follows the budget; if not, it is evaluated once, at budget 1.
-        signals: what it reads of the vision tower (``maskgym.backbones.saliency.SIGNALS``).
+        signals: what it reads of the vision tower (``maskgym.backbones.encodings.saliency.SIGNALS``).
         notes: entries for its records.
     """
 

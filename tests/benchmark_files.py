@@ -168,7 +168,7 @@ def pope(root: Path) -> None:
 
 
 def mme(root: Path) -> None:
-    from maskgym.envs.benchmarks.metrics import MME_SUBTASKS
+    from maskgym.envs.data.benchmarks.metrics import MME_SUBTASKS
 
     below = root / "MME_Benchmark_release_version"
     for subtasks in MME_SUBTASKS.values():

@@ -23,8 +23,8 @@ from PIL import Image
 from maskgym.backbones import Backbone, EncodingBank, load_backbone
 from maskgym.backbones.families import FAMILIES
 from maskgym.backbones.families.llava import LlavaFamily
-from maskgym.backbones.tiny import build_tiny
-from maskgym.envs.queries import DatasetQueries
+from maskgym.backbones.tiny.build import build_tiny
+from maskgym.envs.data.queries import DatasetQueries
 from maskgym.eval import cli
 from tests.families import BUILDERS, build_family
 

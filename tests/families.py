@@ -25,8 +25,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from maskgym.backbones.processing import ImageTextProcessor
-from maskgym.backbones.tiny import CHAT_TEMPLATE, build_tokenizer
+from maskgym.backbones.loading.processing import ImageTextProcessor
+from maskgym.backbones.tiny.build import CHAT_TEMPLATE, build_tokenizer
 
 WORDS = ["what color is the shape ?", "is there a red circle in the image ?", "yes no red green blue circle"]
 TEXT = {

@@ -29,29 +29,29 @@ from PIL import Image
 from safetensors.torch import save
 
 from maskgym.backbones import Backbone, InputError
-from maskgym.backbones.images import read_image
+from maskgym.backbones.encodings.images import read_image
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.naming import parse_options
-from maskgym.backbones.plain_files import read_records
+from maskgym.common.naming import parse_options
+from maskgym.common.plain_files import read_records
+from maskgym.common.run_folder import RunFolder
 from maskgym.envs import WeightedReward
-from maskgym.envs.benchmarks.layout import Benchmark
-from maskgym.envs.benchmarks.reading import json_entries, json_lines, tab_separated
-from maskgym.envs.benchmarks.source import BENCHMARKS, rows
-from maskgym.envs.scenes import scenes
+from maskgym.envs.data.benchmarks.layout import Benchmark
+from maskgym.envs.data.benchmarks.reading import json_entries, json_lines, tab_separated
+from maskgym.envs.data.benchmarks.source import BENCHMARKS, rows
+from maskgym.envs.data.scenes import scenes
 from maskgym.eval import cli
 from maskgym.eval.experiment.arms import Arm
 from maskgym.eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
 from maskgym.eval.experiment.command import read_head
 from maskgym.eval.policies import load_planner
-from maskgym.eval.runs import RunFolder
 from maskgym.eval.saved import DESCRIPTION, described_backbone
-from maskgym.eval.tune import read_grid
+from maskgym.eval.studies.tune import read_grid
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.recorded import ASKED, Recorded
-from maskgym.policies.checkpoints import load_checkpoint
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.learned import SIZES, WEIGHTS, load_controller
+from maskgym.policies.controller.learned import SIZES, WEIGHTS, load_controller
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 from maskgym.policies.static.searched import SearchedOrder
+from maskgym.training.checkpoints import load_checkpoint
 from maskgym.training.rl import RLConfig
 from tests import benchmark_files
 from tests.conftest import build

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from maskgym.backbones import InputError
-from maskgym.backbones.loading import load_backbone
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.learned import save_controller
+from maskgym.backbones.loading.load import load_backbone
+from maskgym.common.run_folder import RunFolder
+from maskgym.policies.controller.learned import save_controller
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 
 
 class Witness:

@@ -24,15 +24,15 @@ import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
 from maskgym.backbones import Backbone, EncodingBank
 from maskgym.backbones.answers import Answers, Limit
-from maskgym.backbones.encoding import EncodedImage, Encoding, Query
-from maskgym.backbones.masks import Masks
-from maskgym.envs.queries import DatasetQueries
-from maskgym.eval.bench_data import private_mb
+from maskgym.backbones.encodings.encoding import EncodedImage, Encoding, Query
+from maskgym.backbones.plans.masks import Masks
+from maskgym.envs.data.queries import DatasetQueries
+from maskgym.eval.bench.data import private_mb
 from maskgym.policies.baselines import RandomPlanner
-from maskgym.policies.controller import RULES, ControllerConfig, TwoLevelController
-from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import RULES, ControllerConfig, TwoLevelController
 from maskgym.policies.planner import Planner
-from maskgym.policies.projection import least_share
+from maskgym.policies.planning.projection import least_share
 from tests.conftest import KINDS, build, make_dataset
 
 MARKS = (10_000, 100_000, 600_000, 1_000_000)

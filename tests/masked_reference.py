@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from maskgym.backbones import Backbone, Encoding, Masks
-from maskgym.backbones.arrange import arrange
-from maskgym.backbones.stages import Stage
+from maskgym.backbones.engine.arrange import arrange
+from maskgym.backbones.plans.stages import Stage
 
 
 @dataclass

@@ -20,14 +20,14 @@ import maskgym.training.backbone as train_backbone
 import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import load_backbone
-from maskgym.backbones.naming import parse_options
+from maskgym.common.naming import parse_options
 from maskgym.envs import WeightedReward
-from maskgym.envs.queries import NAMED
+from maskgym.envs.data.queries import NAMED
 from maskgym.eval import cli
 from maskgym.eval.experiment.arms import EXPERIMENTS, Prepared
 from maskgym.eval.policies import load_planner
 from maskgym.lmms.arguments import Arguments
-from maskgym.policies.chain import THEN
+from maskgym.policies.wrappers.chain import THEN
 from tests import fuzz
 from tests.load import Load
 

@@ -19,11 +19,11 @@ import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import load_backbone
 from maskgym.backbones.latency_model import LatencyModel
+from maskgym.common.run_folder import RunFolder
 from maskgym.eval import cli
-from maskgym.eval.latency import device_name
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.controller import TwoLevelController
-from maskgym.policies.learned import save_controller
+from maskgym.eval.measure.latency import device_name
+from maskgym.policies.controller.learned import save_controller
+from maskgym.policies.controller.network import TwoLevelController
 from maskgym.policies.static.searched import SearchedOrder
 
 PROGRAMS = {

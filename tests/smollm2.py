@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from maskgym.backbones import Query, smollm2
+from maskgym.backbones import Query
+from maskgym.backbones.small import smollm2
 
 LAYERS, WIDTH, HEADS, GROUPS, MLP = 2, 36, 9, 3, 45
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
+from maskgym.backbones.plans.masks import Masks
 from maskgym.backbones.soft_decoder import Gates, SoftMidway, soft_answer_logits
-from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler, exactly
-from maskgym.policies.adallava_training import AdaLlavaLearner, _with_token
-from maskgym.policies.chain import ChainPlanner
-from maskgym.policies.projection import budget_flops
-from maskgym.policies.relaxed_training import RelaxationSettings, RelaxedBatch, answer_targets
+from maskgym.common.errors import InputError
+from maskgym.policies.adallava.scheduler import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler, exactly
+from maskgym.policies.adallava.training import AdaLlavaLearner, _with_token
+from maskgym.policies.planning.projection import budget_flops
+from maskgym.policies.relaxation.training import RelaxationSettings, RelaxedBatch, answer_targets
+from maskgym.policies.wrappers.chain import ChainPlanner
 from tests.conftest import build, random_masks
 from tests.test_cost import counted
 

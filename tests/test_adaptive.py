@@ -20,12 +20,12 @@ import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
 from maskgym.backbones import load_backbone
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
 from maskgym.envs import load_queries
 from maskgym.eval.policies import load_planner
 from maskgym.model_card import model_card
 from maskgym.policies.baselines import FullPlanner
-from maskgym.policies.replies import Planned, Stream
+from maskgym.policies.wrappers.replies import Planned, Stream
 from tests.conftest import build, build_of, command
 from tests.local_hub import local_hub
 

@@ -15,11 +15,11 @@ import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import Backbone, EncodingBank
 from maskgym.envs import MaskingCore
-from maskgym.envs.answer_length import MOST, AcceptedLengths, answer_cut, cut_of
-from maskgym.envs.queries import DatasetQueries, load_queries
-from maskgym.eval.evaluate import evaluate
+from maskgym.envs.data.answer_length import MOST, AcceptedLengths, answer_cut, cut_of
+from maskgym.envs.data.queries import DatasetQueries, load_queries
 from maskgym.eval.experiment.cells import Cell, measure
 from maskgym.eval.experiment.command import Experiment
+from maskgym.eval.measure.evaluate import evaluate
 from maskgym.policies.baselines import FullPlanner
 from tests.conftest import build, command, make_dataset
 

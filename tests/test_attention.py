@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from maskgym.backbones import InputError, attention
-from maskgym.backbones.ragged import Ragged
+from maskgym.backbones import InputError
+from maskgym.backbones.engine import attention
+from maskgym.backbones.engine.ragged import Ragged
 from tests.conftest import build
 
 SCALE = 0.3

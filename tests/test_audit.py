@@ -8,9 +8,9 @@ import torch
 
 import maskgym.eval.__main__ as eval_main
 from maskgym.backbones import EncodingBank
-from maskgym.backbones.masks import Masks
+from maskgym.backbones.plans.masks import Masks
 from maskgym.envs import load_queries
-from maskgym.eval.audit import SIDE, audit, relevance_table, swapped
+from maskgym.eval.studies.audit import SIDE, audit, relevance_table, swapped
 from tests.conftest import command
 
 

@@ -24,7 +24,7 @@ from maskgym.envs import (
     WeightedReward,
     load_queries,
 )
-from maskgym.eval.evaluate import check_budgets, evaluate
+from maskgym.eval.measure.evaluate import check_budgets, evaluate
 from maskgym.eval.policies import load_planner
 from maskgym.lmms.arguments import Arguments
 from maskgym.policies import ControllerConfig, TwoLevelController, load_controller, project

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.backbones.images import read_image
-from maskgym.envs.queries import DatasetQueries
+from maskgym.backbones.encodings.images import read_image
+from maskgym.envs.data.queries import DatasetQueries
 from maskgym.eval import cli
 from tests.conftest import make_dataset
 from tests.refusals import PROGRAMS, Line, check_line

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 import maskgym.eval.__main__ as eval_main
 from maskgym import AdaptiveVLM
 from maskgym.backbones import InputError, load_backbone
-from maskgym.backbones.atomic import write_atomically
 from maskgym.backbones.latency_model import LatencyModel
+from maskgym.common.atomic import write_atomically
+from maskgym.common.run_folder import RunFolder
 from maskgym.eval.experiment.arms import Arm
 from maskgym.eval.experiment.cells import MEASURED, Cell
-from maskgym.eval.report import plot_tradeoff
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
-from maskgym.policies.learned import SIZES, WEIGHTS, load_controller
+from maskgym.eval.measure.report import plot_tradeoff
+from maskgym.policies.controller.learned import SIZES, WEIGHTS, load_controller
 from maskgym.policies.static.searched import SearchedOrder
+from maskgym.training.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import command
 from tests.refusals import Line, check_line, snapshot
 

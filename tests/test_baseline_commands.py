@@ -6,10 +6,10 @@ import pytest
 
 import maskgym.eval.__main__ as eval_main
 from maskgym.backbones import EncodingBank
-from maskgym.eval.evaluate import evaluate
-from maskgym.eval.latency import measure
+from maskgym.eval.measure.evaluate import evaluate
+from maskgym.eval.measure.latency import measure
 from maskgym.eval.policies import load_planner
-from maskgym.eval.tune import GRID, baseline_of, best_settings, read_grid
+from maskgym.eval.studies.tune import GRID, baseline_of, best_settings, read_grid
 from maskgym.policies.static import STATIC
 from tests.conftest import command
 

@@ -12,10 +12,10 @@ import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import EncodingBank
 from maskgym.envs import MaskingCore, load_queries
-from maskgym.envs.benchmarks import reading
-from maskgym.eval.bench_data import write_vqav2
-from maskgym.eval.evaluate import evaluate, outcomes
-from maskgym.eval.report import tables
+from maskgym.envs.data.benchmarks import reading
+from maskgym.eval.bench.data import write_vqav2
+from maskgym.eval.measure.evaluate import evaluate, outcomes
+from maskgym.eval.measure.report import tables
 from maskgym.policies.baselines import FullPlanner
 from tests import benchmark_files
 from tests.conftest import command

@@ -9,11 +9,11 @@ import pytest
 
 from maskgym.backbones import InputError
 from maskgym.envs import load_queries
-from maskgym.envs.answer_length import answer_cut
-from maskgym.envs.benchmarks import reading
-from maskgym.envs.benchmarks.metrics import MME_SUBTASKS
-from maskgym.envs.benchmarks.parsing import exact, mmbench_says, mme_says, pope_says, scienceqa_says
-from maskgym.envs.scoring import reference, score
+from maskgym.envs.data.answer_length import answer_cut
+from maskgym.envs.data.benchmarks import reading
+from maskgym.envs.data.benchmarks.metrics import MME_SUBTASKS
+from maskgym.envs.data.benchmarks.parsing import exact, mmbench_says, mme_says, pope_says, scienceqa_says
+from maskgym.envs.data.scoring import reference, score
 from tests import benchmark_files
 from tests.benchmark_files import picture
 

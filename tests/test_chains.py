@@ -5,22 +5,22 @@ import torch
 
 from maskgym.backbones import EncodingBank, InputError, Masks
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.survivors import POSITIONS
-from maskgym.eval.evaluate import evaluate
-from maskgym.eval.latency import measure
+from maskgym.backbones.plans.survivors import POSITIONS
+from maskgym.eval.measure.evaluate import evaluate
+from maskgym.eval.measure.latency import measure
 from maskgym.eval.policies import load_planner, load_planners, with_layout
 from maskgym.policies.baselines import RandomPlanner, random_plans
-from maskgym.policies.chain import ATTEMPTS, ChainPlanner
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.keep import KeepPlanner
-from maskgym.policies.layout import LaidOutPlanner
-from maskgym.policies.learned import ControllerPlanner
-from maskgym.policies.milliseconds import ATTEMPTS as TRIES
-from maskgym.policies.milliseconds import MillisecondPlanner
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 from maskgym.policies.planner import PlannerWrapper, adopted
-from maskgym.policies.projection import budget_flops
-from maskgym.policies.replies import Planned
+from maskgym.policies.planning.projection import budget_flops
 from maskgym.policies.static.inside import FastVPlanner
+from maskgym.policies.wrappers.chain import ATTEMPTS, ChainPlanner
+from maskgym.policies.wrappers.keep import KeepPlanner
+from maskgym.policies.wrappers.layout import LaidOutPlanner
+from maskgym.policies.wrappers.milliseconds import ATTEMPTS as TRIES
+from maskgym.policies.wrappers.milliseconds import MillisecondPlanner
+from maskgym.policies.wrappers.replies import Planned
 
 ROWS = [0, 1, 2, 3, 6, 7]
 BUDGETS = torch.tensor([0.45, 0.5, 0.6, 0.7, 0.8, 0.5], dtype=torch.float64)

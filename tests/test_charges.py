@@ -8,14 +8,14 @@ import torch
 from maskgym.backbones import EncodingBank, InputError
 from maskgym.backbones.latency_model import LatencyModel
 from maskgym.eval.policies import load_planner
-from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
-from maskgym.policies.chain import THEN, ChainPlanner
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.layout import LaidOutPlanner
-from maskgym.policies.learned import ControllerPlanner
-from maskgym.policies.milliseconds import MillisecondPlanner
-from maskgym.policies.replies import Planned
+from maskgym.policies.adallava.scheduler import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 from maskgym.policies.static.searched import SearchedOrder
+from maskgym.policies.wrappers.chain import THEN, ChainPlanner
+from maskgym.policies.wrappers.layout import LaidOutPlanner
+from maskgym.policies.wrappers.milliseconds import MillisecondPlanner
+from maskgym.policies.wrappers.replies import Planned
 from tests.conftest import build, slow_but
 from tests.test_cost import counted
 

@@ -3,9 +3,9 @@
 import torch
 
 from maskgym.backbones import EncodingBank
-from maskgym.policies import coherent
 from maskgym.policies.baselines import random_waits
-from maskgym.policies.coherent import reorder_tokens
+from maskgym.training import coherent
+from maskgym.training.coherent import reorder_tokens
 
 
 def waits_of(small, source, rows, monkeypatch=None, kind=None):

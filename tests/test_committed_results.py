@@ -10,12 +10,12 @@ import pytest
 
 from maskgym.backbones import EncodingBank
 from maskgym.envs import load_queries
-from maskgym.eval.evaluate import outcomes_met
 from maskgym.eval.experiment.arms import EXPERIMENTS, Prepared
 from maskgym.eval.experiment.cells import fill, lay_out
 from maskgym.eval.experiment.claims import answers, pairs
 from maskgym.eval.experiment.summary import collect, comparisons, estimates, images_of
 from maskgym.eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table
+from maskgym.eval.measure.evaluate import outcomes_met
 from maskgym.eval.policies import load_planner
 
 ROOT = Path(__file__).parent.parent

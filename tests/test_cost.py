@@ -6,17 +6,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgym.backbones import EncodingBank
-from maskgym.backbones.cost import DecoderShape, clip_tower_flops, mlp_flops
-from maskgym.backbones.masks import MaskLayout
-from maskgym.backbones.published_cost import (
+from maskgym.backbones.plans.cost import DecoderShape, clip_tower_flops, mlp_flops
+from maskgym.backbones.plans.masks import MaskLayout
+from maskgym.backbones.plans.published_cost import (
     adallava_layer_share,
     adallava_prefill_flops,
     fastv_layer_macs,
     fastv_mean_layer_macs,
 )
-from maskgym.envs.queries import load_queries
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.decisions import Decider
+from maskgym.envs.data.queries import load_queries
+from maskgym.policies.controller.decisions import Decider
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 from tests.conftest import random_masks
 
 

@@ -18,10 +18,10 @@ import maskgym.training.backbone as train_backbone
 import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import InputError
-from maskgym.backbones.atomic import whole_folder, write_atomically
+from maskgym.common.atomic import whole_folder, write_atomically
+from maskgym.common.run_folder import RunFolder
 from maskgym.eval import cli
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
+from maskgym.training.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import command
 from tests.kill_and_resume import killed, make_place, unkilled, warm_up
 from tests.test_runs import Options
@@ -300,7 +300,7 @@ def test_a_disk_that_is_full_of_checkpoints_stops_a_training(monkeypatch, place,
         if step < 8:
             return save_checkpoint(folder, step, *what)
         if number is not None:
-            monkeypatch.setattr("maskgym.policies.checkpoints.save_file", refusing)
+            monkeypatch.setattr("maskgym.training.checkpoints.save_file", refusing)
         with at_most(1000):
             return save_checkpoint(folder, step, *what)
 
@@ -317,7 +317,7 @@ def test_a_disk_that_is_full_of_checkpoints_stops_a_training(monkeypatch, place,
     assert error.endswith("after 8 queries, the last checkpoint is kept")
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["step-000000000", "step-000000004"], "what was half written takes no room"
-    monkeypatch.setattr("maskgym.policies.checkpoints.save_file", save_file)
+    monkeypatch.setattr("maskgym.training.checkpoints.save_file", save_file)
     train(monkeypatch, place, out, *SMALL, "--resume")
     assert outcome(out) == roomy
 

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Features, Json, LargeList, List, Value
 from PIL import Image
 
 from maskgym.backbones import InputError
-from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.envs.data.queries import DatasetQueries, load_queries
 from tests.local_hub import local_hub
 
 LABELS = ClassLabel(names=["red", "dark blue"])
@@ -184,7 +184,7 @@ def test_dates_in_json_stay_as_they_stand_there(tmp_path):
 
 def test_an_answer_right_in_json_is_right(tmp_path):
     """One number among texts once made every text a quoted one, which no answer equals."""
-    from maskgym.envs.scoring import score
+    from maskgym.envs.data.scoring import score
 
     lines(tmp_path / "a.jsonl", [{"answers": ["red"]}, {"answers": [3]}])
     queries = load_queries(str(tmp_path / "a.jsonl"))

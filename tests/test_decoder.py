@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from maskgym.backbones import InputError
-from maskgym.backbones.blocks import cut_blocks
-from maskgym.backbones.decoder import MaskedDecoder
+from maskgym.backbones.engine.blocks import cut_blocks
+from maskgym.backbones.engine.decoder import MaskedDecoder
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 import maskgym.eval.__main__ as eval_main
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.errors import InputError
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.common.errors import InputError
 from maskgym.eval.demo.comparison import Comparison
 from maskgym.eval.demo.uploads import uploaded_query
-from maskgym.eval.plan_pictures import plan_png
+from maskgym.eval.measure.plan_pictures import plan_png
 from tests.browser import CHROMIUM, browser
 from tests.conftest import command
 

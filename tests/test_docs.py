@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.controller import TwoLevelController
-from maskgym.policies.learned import save_controller
+from maskgym.common.run_folder import RunFolder
+from maskgym.policies.controller.learned import save_controller
+from maskgym.policies.controller.network import TwoLevelController
 from maskgym.training.rl import RLConfig
 from tests.pages import ALL, PAGES, ROOT, Wrong, blocks, check, check_links, commands
 

@@ -10,13 +10,13 @@ from datasets import Image as ImageFeature
 
 import maskgym.eval.__main__ as eval_main
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.backbones.masks import AXES
+from maskgym.backbones.plans.masks import AXES
 from maskgym.envs import load_queries
-from maskgym.envs.queries import DatasetQueries
-from maskgym.envs.scene_sentences import SENTENCE_ASKERS
-from maskgym.envs.scenes_long import SHORT_ASKERS
-from maskgym.eval.elasticity import accuracy_by_axis, accuracy_by_kind, axes_table, kinds_table, room_for_choice
-from maskgym.eval.question_only import question_only_accuracy
+from maskgym.envs.data.queries import DatasetQueries
+from maskgym.envs.data.scene_sentences import SENTENCE_ASKERS
+from maskgym.envs.data.scenes_long import SHORT_ASKERS
+from maskgym.eval.studies.elasticity import accuracy_by_axis, accuracy_by_kind, axes_table, kinds_table, room_for_choice
+from maskgym.eval.studies.question_only import question_only_accuracy
 from maskgym.policies.baselines import BASELINES, random_plans
 from tests.conftest import command, make_dataset
 

@@ -9,9 +9,9 @@ import torch
 import maskgym.eval.__main__ as eval_main
 from maskgym.backbones import EncodingBank, load_backbone
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.envs.queries import DatasetQueries
-from maskgym.eval.latency import device_name
-from maskgym.eval.timing import first_queries
+from maskgym.envs.data.queries import DatasetQueries
+from maskgym.eval.measure.latency import device_name
+from maskgym.eval.measure.timing import first_queries
 from tests.conftest import command, make_dataset
 
 WEIGHTS = (0.5, 0.2, 1.0, 30.0, 50.0)

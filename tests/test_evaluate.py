@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank
-from maskgym.eval.bench import bench_table, entry
-from maskgym.eval.evaluate import evaluate
-from maskgym.eval.report import plot_tradeoff, plot_training, table
+from maskgym.eval.bench.table import bench_table, entry
+from maskgym.eval.measure.evaluate import evaluate
+from maskgym.eval.measure.report import plot_tradeoff, plot_training, table
 from maskgym.policies.baselines import FullPlanner, RandomPlanner
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.even import EvenPlanner, even_order
-from maskgym.policies.learned import ControllerPlanner
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
+from maskgym.policies.planning.even import EvenPlanner, even_order
 
 
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75])

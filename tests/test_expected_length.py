@@ -9,14 +9,14 @@ import torch
 from maskgym.backbones import EncodingBank
 from maskgym.backbones.answers import Limit
 from maskgym.backbones.expected_length import check_expected, expected_tokens, numbers_of
-from maskgym.envs.expected_length import FEWEST, mean_length, predicted_length
-from maskgym.envs.queries import DatasetQueries, load_queries
-from maskgym.eval.evaluate import evaluate, outcomes
+from maskgym.envs.data.expected_length import FEWEST, mean_length, predicted_length
+from maskgym.envs.data.queries import DatasetQueries, load_queries
+from maskgym.eval.measure.evaluate import evaluate, outcomes
 from maskgym.policies.baselines import FullPlanner, RandomPlanner
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.even import EvenPlanner
-from maskgym.policies.learned import ControllerPlanner
-from maskgym.policies.projection import budget_flops, least_share, project
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
+from maskgym.policies.planning.even import EvenPlanner
+from maskgym.policies.planning.projection import budget_flops, least_share, project
 from maskgym.policies.static.search import SearchSettings, StaticSearch
 from tests.conftest import build, make_dataset, random_masks
 from tests.test_cost import counted

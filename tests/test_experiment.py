@@ -15,7 +15,6 @@ from scipy.stats import ttest_rel
 import maskgym.eval.__main__ as eval_main
 from maskgym.backbones import EncodingBank, InputError, load_backbone
 from maskgym.envs import load_queries
-from maskgym.eval.evaluate import evaluate
 from maskgym.eval.experiment import arms, command, pictures
 from maskgym.eval.experiment import cells as cells_module
 from maskgym.eval.experiment.arms import Arm, Prepared, relaxed
@@ -37,9 +36,10 @@ from maskgym.eval.experiment.statistics import (
 )
 from maskgym.eval.experiment.summary import ArmResult, by_kind, collect, comparisons, estimates, gaps, images_of, ranked
 from maskgym.eval.experiment.tables import accuracy_table, comparison_table, cost_table
-from maskgym.eval.plan_pictures import darkened
+from maskgym.eval.measure.evaluate import evaluate
+from maskgym.eval.measure.plan_pictures import darkened
+from maskgym.eval.measure.timing import add_timing
 from maskgym.eval.policies import load_planner
-from maskgym.eval.timing import add_timing
 from tests.browser import CHROMIUM, QUIET
 from tests.conftest import command as run_command
 from tests.conftest import make_dataset

@@ -18,11 +18,11 @@ import maskgym.training.backbone as train_backbone
 import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.backbones.left_out import FEW, LeftOut
+from maskgym.backbones.encodings.left_out import FEW, LeftOut
 from maskgym.envs import MaskingCore, MaskingEnv, MaskingVecEnv, MaskingVectorEnv
 from maskgym.envs.core import Slots
-from maskgym.envs.queries import DatasetQueries, load_queries
-from maskgym.eval.evaluate import evaluate
+from maskgym.envs.data.queries import DatasetQueries, load_queries
+from maskgym.eval.measure.evaluate import evaluate
 from maskgym.policies.baselines import FullPlanner, RandomPlanner
 from tests.conftest import build_of, command, make_dataset
 from tests.refusals import said

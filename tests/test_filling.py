@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskgym.policies.filling import fill
+from maskgym.policies.controller.filling import fill
 
 ROWS, UNITS = 64, 94
 

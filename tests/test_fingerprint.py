@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from maskgym.backbones.fingerprint import SAMPLE, fingerprint
+from maskgym.backbones.loading.fingerprint import SAMPLE, fingerprint
 from tests.conftest import build
 
 

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskgym.backbones.atomic import write_atomically
 from maskgym.backbones.latency_model import FEATURES, LatencyModel
-from maskgym.backbones.naming import parse_options
-from maskgym.backbones.plain_files import read_records
+from maskgym.common.atomic import write_atomically
+from maskgym.common.naming import parse_options
+from maskgym.common.plain_files import read_records
+from maskgym.common.run_folder import RunFolder
 from maskgym.envs import WeightedReward
-from maskgym.envs.benchmarks.reading import json_entries, json_lines
+from maskgym.envs.data.benchmarks.reading import json_entries, json_lines
 from maskgym.eval import cli
 from maskgym.eval.policies import split_variants
-from maskgym.eval.runs import RunFolder
 from maskgym.policies.static.searched import SearchedOrder
 from maskgym.training.rl import RLConfig
 from tests import fuzz

@@ -9,12 +9,12 @@ import torch
 
 from maskgym.backbones import load_backbone
 from maskgym.eval import __main__ as command_line
-from maskgym.eval import bench_engine
-from maskgym.eval.bench import bench_environment
-from maskgym.eval.bench_first_token import first_token_figures
-from maskgym.eval.bench_training import gumbel_speed
-from maskgym.eval.gpu import STEPS, Machine, Step, measure, nvidia_smi, table
-from maskgym.eval.launches import counted
+from maskgym.eval.bench import engine as bench_engine
+from maskgym.eval.bench.first_token import first_token_figures
+from maskgym.eval.bench.gpu import STEPS, Machine, Step, measure, nvidia_smi, table
+from maskgym.eval.bench.launches import counted
+from maskgym.eval.bench.table import bench_environment
+from maskgym.eval.bench.trainings import gumbel_speed
 from tests.conftest import command
 from tests.fake_cuda import fake_cuda
 
@@ -127,7 +127,7 @@ def test_smaller_batches_where_memory_ends(monkeypatch):
             raise torch.OutOfMemoryError
         return {"rows": rows}
 
-    monkeypatch.setattr("maskgym.eval.bench_training._gumbel_speed", speed)
+    monkeypatch.setattr("maskgym.eval.bench.trainings._gumbel_speed", speed)
     assert gumbel_speed(None, 0.0) == {"rows": 2} and tried == [8, 4, 2]
     with pytest.raises(torch.OutOfMemoryError):
         gumbel_speed(None, 0.0, (8, 4))
@@ -150,7 +150,7 @@ def test_launches_are_told_by_their_names():
 
 
 def test_the_command_prints_its_table_and_keeps_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("maskgym.eval.gpu.LEAST", 1e9)
+    monkeypatch.setattr("maskgym.eval.bench.gpu.LEAST", 1e9)
     command(monkeypatch, command_line.main, "gpu", "--device", "cpu", "--out", tmp_path / "new")
     printed = capsys.readouterr().out
     assert "| gumbel " in printed and "skipped" in printed and (tmp_path / "new" / "table.md").read_text() == printed

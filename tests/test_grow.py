@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from maskgym.backbones import Backbone, InputError, Masks, load_backbone
 from maskgym.backbones.executed import executed_answer_logits
 from maskgym.backbones.families.llava import LlavaFamily
-from maskgym.backbones.small import build_small
-from maskgym.backbones.survivors import RESTORED, Survivors
-from maskgym.envs import scenes_long
-from maskgym.envs.scenes import PALETTE
-from maskgym.policies.grow.__main__ import main
-from maskgym.policies.grow.dense import MATRICES, DenseDecoder
-from maskgym.policies.grow.lessons import WORDS
-from maskgym.policies.grow.model import Grown, Vision
-from maskgym.policies.grow.plans import Pool, choose_tokens, gates_of, lay_out
-from maskgym.policies.grow.run import Checkpoint, GrowConfig
-from maskgym.policies.grow.stream import FINE, GRID, PADDING, Pieces, Stream, collate, lesson
+from maskgym.backbones.plans.survivors import RESTORED, Survivors
+from maskgym.backbones.small.build import build_small
+from maskgym.envs.data import scenes_long
+from maskgym.envs.data.scenes import PALETTE
+from maskgym.training.grow.__main__ import main
+from maskgym.training.grow.dense import MATRICES, DenseDecoder
+from maskgym.training.grow.lessons import WORDS
+from maskgym.training.grow.model import Grown, Vision
+from maskgym.training.grow.plans import Pool, choose_tokens, gates_of, lay_out
+from maskgym.training.grow.run import Checkpoint, GrowConfig
+from maskgym.training.grow.stream import FINE, GRID, PADDING, Pieces, Stream, collate, lesson
 from tests.smollm2 import MLP, put_package
 
 QUESTIONS, ROOM = 4, 2000
@@ -247,7 +247,7 @@ def test_the_phases_make_a_backbone(planned):
         (["--plain-share", "2"], r"--plain-share is 2.0; it must be between 0 and 1"),
         (["--pool", "100"], r"--pool is 100; it must be a multiple of 128"),
         (["--device", "cuda"], r"--device is cuda, which is not there"),
-        (["--device", "cpu"], r"has no pools of plans yet; first: python -m maskgym.policies.grow plans"),
+        (["--device", "cpu"], r"has no pools of plans yet; first: python -m maskgym.training.grow plans"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments, said, tmp_path):

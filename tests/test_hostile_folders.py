@@ -24,18 +24,18 @@ import maskgym.eval.policies as eval_policies
 import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
 from maskgym.backbones import InputError, load_backbone
-from maskgym.backbones.images import read_image
+from maskgym.backbones.encodings.images import read_image
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.backbones.time_limit import within
+from maskgym.common.run_folder import RunFolder
+from maskgym.common.time_limit import within
 from maskgym.envs import load_queries
 from maskgym.eval.cli import parse
 from maskgym.eval.experiment.arms import Arm
 from maskgym.eval.experiment.cells import KEPT_COLUMNS, MEASURED, Cell
 from maskgym.eval.experiment.command import Experiment
 from maskgym.eval.policies import load_planner
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
 from maskgym.policies.static.searched import SearchedOrder
+from maskgym.training.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import build, command
 from tests.hostile import Witness, a_run, claimed_png, edit, refused
 from tests.local_hub import local_hub

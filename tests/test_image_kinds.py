@@ -14,9 +14,9 @@ from transformers.image_transforms import convert_to_rgb
 
 from maskgym.adaptive import _queries
 from maskgym.backbones import InputError
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.images import read_image
-from maskgym.envs.queries import DatasetQueries
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.backbones.encodings.images import read_image
+from maskgym.envs.data.queries import DatasetQueries
 from maskgym.eval.demo.uploads import uploaded_query
 from maskgym.lmms.requests import Request
 from tests.test_bad_data import drawn, encoded

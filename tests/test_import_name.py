@@ -14,8 +14,8 @@ import pytest
 
 import maskgym
 from maskgym.__main__ import COMMANDS, main
+from maskgym.common.run_folder import command_line
 from maskgym.eval import cli
-from maskgym.eval.runs import command_line
 from tests.pages import PAGES
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ import backbones, common, envs, eval, policies
 assert "torch" not in sys.modules, "importing maskgym takes as long as importing torch"
 """
 WITH_ALL = f"""{WITHOUT_TORCH}
-assert maskgym.load_backbone.__module__ == "maskgym.backbones.loading"
+assert maskgym.load_backbone.__module__ == "maskgym.backbones.loading.load"
 said("eval", "run", "--help")
 said("train-rl", "--help")
 for module in (backbones, common, envs, eval, policies):
@@ -101,7 +101,7 @@ def test_a_wheel_has_one_name_at_its_top_and_all_modules(tmp_path):
     assert {name.partition("/")[0].partition("-")[0] for name in packed} == {"maskgym"}
     modules = {str(path.relative_to(copy)) for path in copy.rglob("*.py") if "build" not in path.parts}
     modules = {module if module.startswith("maskgym/") else f"maskgym/{module}" for module in modules}
-    data = {"py.typed", "eval/tuning-grid.txt", "eval/experiment/report.html.j2"}
+    data = {"py.typed", "eval/studies/tuning-grid.txt", "eval/experiment/report.html.j2"}
     for weights in ("tiny_weights", "small_weights"):
         data |= {f"backbones/{weights}/{path.name}" for path in (ROOT / "backbones" / weights).iterdir()}
     assert {name for name in packed if "dist-info" not in name} == modules | {f"maskgym/{name}" for name in data}

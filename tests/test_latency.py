@@ -7,10 +7,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from maskgym.backbones import InputError
 from maskgym.backbones.latency_model import FEATURES, LatencyModel, plan_features
-from maskgym.eval.bench_engine import plan_at
-from maskgym.eval.bench_first_token import first_token_figures
-from maskgym.eval.bench_shapes import CLIP_LARGE, VICUNA_7B, encode_noise, llava_7b, llava_like
-from maskgym.eval.latency import Spread, calibrate, measure
+from maskgym.eval.bench.engine import plan_at
+from maskgym.eval.bench.first_token import first_token_figures
+from maskgym.eval.bench.shapes import CLIP_LARGE, VICUNA_7B, encode_noise, llava_7b, llava_like
+from maskgym.eval.measure.latency import Spread, calibrate, measure
 from maskgym.policies.baselines import FullPlanner, RandomPlanner
 from tests.conftest import random_masks
 

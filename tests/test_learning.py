@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import maskgym.policies.controller
+import maskgym.policies.controller.network
 from maskgym.backbones import EncodingBank
 from tests.test_policy import make_ppo
 
@@ -61,7 +61,7 @@ def test_an_untrained_controller_fails_it(small, source):
 
 def test_a_controller_that_cannot_see_its_budget_fails_it(small, source, monkeypatch):
     def blind(share):
-        return torch.zeros(len(share), maskgym.policies.controller.SHARE_FEATURES)
+        return torch.zeros(len(share), maskgym.policies.controller.network.SHARE_FEATURES)
 
-    monkeypatch.setattr(maskgym.policies.controller, "share_features", blind)
+    monkeypatch.setattr(maskgym.policies.controller.network, "share_features", blind)
     assert score(small, source, PLANS) < THRESHOLD

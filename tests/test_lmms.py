@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from maskgym import AdaptiveVLM
-from maskgym.backbones.errors import InputError
-from maskgym.envs.side_by_side import side_by_side
+from maskgym.common.errors import InputError
+from maskgym.envs.data.side_by_side import side_by_side
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.requests import Request
 from maskgym.lmms.throughput import throughput
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
 from tests.conftest import build, make_dataset
 
 ROOT = Path(__file__).parent.parent

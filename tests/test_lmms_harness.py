@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
 from tests.test_lmms import DOCUMENTS, OPTIONS, ROWS, run, visual
 
 lmms_eval = pytest.importorskip(

@@ -110,8 +110,8 @@ def test_unreadable_configs_and_weights_of_another_model_are_named(tmp_path, fol
 def test_tiny_loads_with_plain_transformers():
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from maskgym.backbones.tiny import TINY_FOLDER
-    from maskgym.envs.queries import load_queries
+    from maskgym.backbones.tiny.build import TINY_FOLDER
+    from maskgym.envs.data.queries import load_queries
 
     model = AutoModelForImageTextToText.from_pretrained(TINY_FOLDER).eval()
     processor = AutoProcessor.from_pretrained(TINY_FOLDER)

@@ -20,9 +20,9 @@ import maskgym.eval.__main__ as eval_main
 import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
 from maskgym.backbones import InputError
+from maskgym.common.run_folder import RunFolder
 from maskgym.envs import MaskingCore, MaskingEnv
 from maskgym.eval import cli
-from maskgym.eval.runs import RunFolder
 from maskgym.policies import ControllerConfig, TwoLevelController
 from tests.conftest import build, command, make_dataset
 from tests.refusals import PROGRAMS

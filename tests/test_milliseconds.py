@@ -5,13 +5,13 @@ import torch
 
 from maskgym.backbones import EncodingBank, InputError
 from maskgym.backbones.latency_model import LatencyModel
-from maskgym.eval.evaluate import evaluate
-from maskgym.eval.report import table
+from maskgym.eval.measure.evaluate import evaluate
+from maskgym.eval.measure.report import table
 from maskgym.policies.baselines import FullPlanner, RandomPlanner
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.learned import ControllerPlanner
-from maskgym.policies.milliseconds import ATTEMPTS, MillisecondPlanner
-from maskgym.policies.projection import least_share, project
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
+from maskgym.policies.planning.projection import least_share, project
+from maskgym.policies.wrappers.milliseconds import ATTEMPTS, MillisecondPlanner
 from tests.conftest import build
 
 

@@ -10,11 +10,11 @@ import maskgym.training.backbone as train_backbone
 import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import EncodingBank, InputError, load_backbone
-from maskgym.backbones.finite import check_finite, refuse_bad_gradients
+from maskgym.common.determinism import deterministic
+from maskgym.common.finite import check_finite, refuse_bad_gradients
 from maskgym.envs.core import MaskingCore
-from maskgym.eval.determinism import deterministic
-from maskgym.policies.checkpoints import load_checkpoint
-from maskgym.policies.muon import MuonAdamW
+from maskgym.training.checkpoints import load_checkpoint
+from maskgym.training.muon import MuonAdamW
 from tests.conftest import command, random_masks
 from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_gumbel import train as train_by_relaxation

@@ -14,15 +14,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from maskgym.backbones import Backbone, EncodingBank, InputError, MaskLayout
 from maskgym.backbones.families.llava import LlavaFamily
-from maskgym.backbones.masks import AXES
-from maskgym.backbones.tiny import build_tiny
+from maskgym.backbones.plans.masks import AXES
+from maskgym.backbones.tiny.build import build_tiny
 from maskgym.envs import MaskingCore, MaskingVecEnv
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.decisions import Decider
-from maskgym.policies.group_buffer import GroupRolloutBuffer
-from maskgym.policies.learned import ControllerPlanner, load_controller, save_controller
-from maskgym.policies.projection import budget_flops
-from maskgym.policies.sb3_policy import RATIOS, FittedVecEnv, TwoLevelPolicy, ratio_sizes
+from maskgym.policies.controller.decisions import Decider
+from maskgym.policies.controller.learned import ControllerPlanner, load_controller, save_controller
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
+from maskgym.policies.planning.projection import budget_flops
+from maskgym.policies.ppo.group_buffer import GroupRolloutBuffer
+from maskgym.policies.ppo.sb3_policy import RATIOS, FittedVecEnv, TwoLevelPolicy, ratio_sizes
 from tests.conftest import WORDS, build_of, make_dataset
 
 
@@ -100,7 +100,7 @@ def test_joint_probabilities_sum_to_one_over_all_actions(smallest, rule):
 
 
 def some_queries():
-    from maskgym.envs.queries import DatasetQueries
+    from maskgym.envs.data.queries import DatasetQueries
 
     return DatasetQueries(make_dataset(4), "made", "train")
 

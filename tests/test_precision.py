@@ -19,16 +19,16 @@ import maskgym.training.rl as train_rl
 from maskgym import AdaptiveVLM
 from maskgym.backbones import Backbone, EncodingBank, InputError, load_backbone
 from maskgym.backbones.executed import executed_answer_logits
-from maskgym.backbones.loading import own_dtype
+from maskgym.backbones.loading.load import own_dtype
 from maskgym.backbones.shared_prefix import answer_logits
 from maskgym.backbones.soft_decoder import Gates, soft_answer_logits
 from maskgym.envs.core import MaskingCore
-from maskgym.policies import elastic
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.decisions import Decider
-from maskgym.policies.joint_tuning import JointTuning
-from maskgym.policies.loss_scale import LossScale, check_scale
-from maskgym.policies.relaxed_training import RelaxationSettings, RelaxedBatch, RelaxedLearner
+from maskgym.policies.controller.decisions import Decider
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
+from maskgym.policies.relaxation.training import RelaxationSettings, RelaxedBatch, RelaxedLearner
+from maskgym.training import elastic
+from maskgym.training.joint_tuning import JointTuning
+from maskgym.training.loss_scale import LossScale, check_scale
 from tests.conftest import build, command, random_masks, slow_but
 from tests.fake_cuda import fake_cuda
 

@@ -11,14 +11,14 @@ import maskgym.eval.pricing as pricing
 import maskgym.training.gumbel as train_gumbel
 from maskgym import AdaptiveVLM
 from maskgym.backbones import EncodingBank, load_backbone
-from maskgym.backbones.errors import InputError
 from maskgym.backbones.expected_length import numbers_of
-from maskgym.envs.expected_length import mean_length
-from maskgym.envs.queries import load_queries
+from maskgym.common.errors import InputError
+from maskgym.envs.data.expected_length import mean_length
+from maskgym.envs.data.queries import load_queries
 from maskgym.eval.experiment.command import Experiment
 from maskgym.eval.policies import expectation_of, load_planner
 from maskgym.eval.pricing import Pricing
-from maskgym.policies.learned import load_controller
+from maskgym.policies.controller.learned import load_controller
 from tests.conftest import build, command
 from tests.hostile import a_run, edit
 from tests.test_expected_length import TREE

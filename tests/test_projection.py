@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.envs.queries import DatasetQueries
+from maskgym.envs.data.queries import DatasetQueries
 from maskgym.policies.baselines import FullPlanner, RandomPlanner, random_plans
-from maskgym.policies.projection import budget_flops, least_share, project
+from maskgym.policies.planning.projection import budget_flops, least_share, project
 from tests.conftest import make_dataset, random_masks
 
 

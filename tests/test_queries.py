@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.envs.queries import DatasetQueries, load_queries
+from maskgym.envs.data.queries import DatasetQueries, load_queries
 from tests.conftest import build, make_dataset
 
 

@@ -7,7 +7,7 @@ import torch
 
 from maskgym.backbones import Backbone
 from maskgym.backbones.families.llava import LlavaFamily
-from maskgym.backbones.tiny import build_tiny
+from maskgym.backbones.tiny.build import build_tiny
 from tests.conftest import WORDS, make_dataset, random_masks
 from tests.masked_reference import masked_logits
 from tests.test_cost import counted

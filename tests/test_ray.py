@@ -13,7 +13,7 @@ import torch
 
 import maskgym.training.rl as train_rl
 from maskgym.backbones import load_backbone
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
 from maskgym.envs import MaskingCore
 from maskgym.envs.core import Slots
 from maskgym.envs.ray_core import RayCore, check_workers

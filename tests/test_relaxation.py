@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.backbones.masks import AXES
-from maskgym.eval.gradients import FixedLogits, gradient_quality, gradient_table, smallest_case
-from maskgym.policies.controller import ControllerConfig, TwoLevelController
-from maskgym.policies.decisions import Decider
-from maskgym.policies.learned import ControllerPlanner
-from maskgym.policies.projection import budget_flops
-from maskgym.policies.relaxation import cost_loss, gumbel_straight_through, soft_top_k
-from maskgym.policies.relaxed_training import RelaxationSettings
+from maskgym.backbones.plans.masks import AXES
+from maskgym.eval.studies.gradients import FixedLogits, gradient_quality, gradient_table, smallest_case
+from maskgym.policies.controller.decisions import Decider
+from maskgym.policies.controller.learned import ControllerPlanner
+from maskgym.policies.controller.network import ControllerConfig, TwoLevelController
+from maskgym.policies.planning.projection import budget_flops
+from maskgym.policies.relaxation.estimators import cost_loss, gumbel_straight_through, soft_top_k
+from maskgym.policies.relaxation.training import RelaxationSettings
 
 ROWS = 8
 

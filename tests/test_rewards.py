@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from maskgym.backbones import InputError
+from maskgym.envs.data.scoring import exact_match, reference, score, vqa_accuracy
 from maskgym.envs.rewards import RewardTerms, WeightedReward
-from maskgym.envs.scoring import exact_match, reference, score, vqa_accuracy
 
 TERMS = RewardTerms(
     accuracy=np.array([1.0, 0.0, 1.0]),

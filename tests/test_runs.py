@@ -7,11 +7,11 @@ import torch
 import yaml
 
 from maskgym.backbones import InputError
-from maskgym.backbones.atomic import write_atomically
+from maskgym.common.atomic import write_atomically
+from maskgym.common.run_folder import RunFolder, environment
 from maskgym.eval.cli import parse
-from maskgym.eval.evaluate import check_budgets
-from maskgym.eval.runs import RunFolder, environment
-from maskgym.policies.checkpoints import load_checkpoint, save_checkpoint
+from maskgym.eval.measure.evaluate import check_budgets
+from maskgym.training.checkpoints import load_checkpoint, save_checkpoint
 
 
 @dataclasses.dataclass

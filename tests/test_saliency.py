@@ -7,7 +7,7 @@ import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from maskgym.backbones import EncodingBank, InputError
-from maskgym.backbones.saliency import CLS_FEATURES, CLS_LAST, MEAN_FEATURES, MEAN_LAST, SIGNALS, hearing
+from maskgym.backbones.encodings.saliency import CLS_FEATURES, CLS_LAST, MEAN_FEATURES, MEAN_LAST, SIGNALS, hearing
 from tests.conftest import build_of
 from tests.families import BUILDERS
 from tests.test_cost import counted

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import maskgym.eval.__main__ as eval_main
-from maskgym.eval.scale_out import simulate
+from maskgym.eval.studies.scale_out import simulate
 from tests.conftest import command
 
 

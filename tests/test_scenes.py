@@ -11,8 +11,8 @@ from PIL import Image
 
 from maskgym.backbones import InputError
 from maskgym.envs import load_queries
-from maskgym.envs.scene_questions import APART, ASKERS, COLORS, SHAPES, SIDES
-from maskgym.envs.scenes import PALETTE, QUESTIONS, RADII, draw_objects, generate, render
+from maskgym.envs.data.scene_questions import APART, ASKERS, COLORS, SHAPES, SIDES
+from maskgym.envs.data.scenes import PALETTE, QUESTIONS, RADII, draw_objects, generate, render
 
 ROWS = 150
 
@@ -174,7 +174,7 @@ def test_bad_options_are_named(data, words):
 
 
 def test_a_broken_off_cache_is_not_taken_for_a_whole_one(monkeypatch, tmp_path):
-    import maskgym.envs.scenes
+    import maskgym.envs.data.scenes
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
 
@@ -183,6 +183,6 @@ def test_a_broken_off_cache_is_not_taken_for_a_whole_one(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"could not be cached in .* make room there"):
-        patch.setattr(maskgym.envs.scenes, "generate", full_disk)
+        patch.setattr(maskgym.envs.data.scenes, "generate", full_disk)
         load_queries("scenes:size=32,images=2", "test")
     assert len(load_queries("scenes:size=32,images=2", "test")) == 16

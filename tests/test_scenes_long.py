@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from maskgym.backbones import InputError
-from maskgym.envs import load_queries, scenes, scenes_long
-from maskgym.envs.scene_questions import COLORS, SHAPES
-from maskgym.envs.scene_sentences import CLEAR, SENTENCE_ASKERS
-from maskgym.envs.scenes_long import LAYOUT, SHORT_ASKERS, ask, scene
+from maskgym.envs import load_queries
+from maskgym.envs.data import scenes, scenes_long
+from maskgym.envs.data.scene_questions import COLORS, SHAPES
+from maskgym.envs.data.scene_sentences import CLEAR, SENTENCE_ASKERS
+from maskgym.envs.data.scenes_long import LAYOUT, SHORT_ASKERS, ask, scene
 from tests.pages import ROOT
 from tests.test_scenes import answer_by_hand
 

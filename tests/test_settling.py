@@ -3,8 +3,8 @@
 import pytest
 from scipy.stats import binomtest
 
-from maskgym.eval.report import errors, table
-from maskgym.eval.settling import Settling
+from maskgym.eval.measure.report import errors, table
+from maskgym.training.settling import Settling
 
 BETTER, CHEAPER, SAME = (0.9, 0.5), (0.8, 0.4), (0.8, 0.495)
 """Accuracy and FLOPs of validations after one of 0.8 and 0.5."""

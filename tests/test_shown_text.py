@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskgym.backbones import InputError
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Query
+from maskgym.backbones.encodings.encoding import Query
 from maskgym.eval import cli
 from maskgym.eval.demo.command import PAGE, Demo, Served
 from maskgym.eval.demo.comparison import Comparison

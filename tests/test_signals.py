@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import maskgym.eval.__main__ as eval_main
 import maskgym.training.backbone as train_backbone
 import maskgym.training.rl as train_rl
+from maskgym.common.stopping import Stopped, StopSignals, run_process
 from maskgym.eval import cli
 from maskgym.eval.experiment import arms, jobs
 from maskgym.eval.experiment.arms import Arm, relaxed
 from maskgym.eval.experiment.cells import Cell
-from maskgym.eval.stopping import Stopped, StopSignals, run_process
 from tests.conftest import command
 from tests.test_train_backbone import OPTIONS as BACKBONE_OPTIONS
 from tests.test_train_rl import OPTIONS
@@ -93,7 +93,7 @@ def test_a_backbone_training_stops_after_a_step_and_goes_on_exactly(monkeypatch,
 
 WAITS = """
 import signal, sys, time
-from maskgym.eval.stopping import Stopped, StopSignals
+from maskgym.common.stopping import Stopped, StopSignals
 print("here", flush=True)
 with StopSignals(waits=True) as signals:
     print("ready", flush=True)
@@ -189,7 +189,7 @@ def test_a_process_that_is_just_started_hears_the_signal_too(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return started[0]
 
-    monkeypatch.setattr("maskgym.eval.stopping.subprocess.Popen", signalled_start)
+    monkeypatch.setattr("maskgym.common.stopping.subprocess.Popen", signalled_start)
     began = time.monotonic()
     with pytest.raises(Stopped), StopSignals():
         run_process([sys.executable, "-c", "import time; time.sleep(60)"])

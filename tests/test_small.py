@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgym.backbones import Backbone, InputError, load_backbone, small_cache, smollm2
+from maskgym.backbones import Backbone, InputError, load_backbone
 from maskgym.backbones.families.llava import LlavaFamily
 from maskgym.backbones.query_encoder import QueryEncoder
-from maskgym.backbones.small import build_small
-from maskgym.backbones.small_deltas import apply_deltas, delta_files
+from maskgym.backbones.small import cache as small_cache
+from maskgym.backbones.small import smollm2
+from maskgym.backbones.small.build import build_small
+from maskgym.backbones.small.deltas import apply_deltas, delta_files
 from tests.smollm2 import LAYERS, asked, projection, put_package, random_deltas, write_deltas
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

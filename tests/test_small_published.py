@@ -7,8 +7,8 @@ import torch
 
 from maskgym.backbones import Backbone, load_backbone
 from maskgym.backbones.families.llava import LlavaFamily
-from maskgym.backbones.loading import EMBEDDED
-from maskgym.backbones.small import build_small
+from maskgym.backbones.loading.load import EMBEDDED
+from maskgym.backbones.small.build import build_small
 from tests.smollm2 import asked
 
 pytestmark = [

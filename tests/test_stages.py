@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank, InputError, Masks
-from maskgym.backbones.stages import EVERYTHING, AttentionScore, Stage, best_tokens, token_counts
-from maskgym.policies.projection import project
+from maskgym.backbones.plans.stages import EVERYTHING, AttentionScore, Stage, best_tokens, token_counts
+from maskgym.policies.planning.projection import project
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 from tests.test_cost import counted

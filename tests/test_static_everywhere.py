@@ -9,7 +9,7 @@ import torch
 from maskgym.backbones import EncodingBank, InputError
 from maskgym.eval.policies import load_planner
 from maskgym.policies.baselines import BASELINES
-from maskgym.policies.projection import budget_flops
+from maskgym.policies.planning.projection import budget_flops
 from maskgym.policies.static import STATIC, TOWER_RULES
 from tests.conftest import build, build_of, slow_but
 from tests.families import BUILDERS

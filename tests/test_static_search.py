@@ -9,10 +9,10 @@ import torch
 import maskgym.eval.__main__ as eval_main
 from maskgym.backbones import EncodingBank, InputError
 from maskgym.eval.policies import load_planner
-from maskgym.policies.controller import TwoLevelController
-from maskgym.policies.even import EvenPlanner
-from maskgym.policies.learned import planner_of
-from maskgym.policies.projection import budget_flops
+from maskgym.policies.controller.learned import planner_of
+from maskgym.policies.controller.network import TwoLevelController
+from maskgym.policies.planning.even import EvenPlanner
+from maskgym.policies.planning.projection import budget_flops
 from maskgym.policies.static.search import SearchSettings, StaticSearch, search_order
 from maskgym.policies.static.searched import SearchedOrder, SearchedPlanner
 from maskgym.training.gumbel import GumbelConfig

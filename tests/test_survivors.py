@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank, InputError, Masks
-from maskgym.backbones.arrange import arrange, group_medians, group_sizes, owners
-from maskgym.backbones.survivors import POSITIONS, Survivors
+from maskgym.backbones.engine.arrange import arrange, group_medians, group_sizes, owners
+from maskgym.backbones.plans.survivors import POSITIONS, Survivors
 from tests.conftest import random_masks
 from tests.masked_reference import masked_logits
 from tests.test_cost import counted

@@ -15,9 +15,9 @@ import pytest
 
 import maskgym.training.rl as train_rl
 from maskgym.backbones import InputError
-from maskgym.backbones.time_limit import LONGEST_ALARM, TimeLimitError, within
+from maskgym.common.time_limit import LONGEST_ALARM, TimeLimitError, within
 from maskgym.envs.rewards import WeightedReward
-from maskgym.policies.checkpoints import load_checkpoint
+from maskgym.training.checkpoints import load_checkpoint
 from tests.conftest import command
 from tests.test_rewards import TERMS
 from tests.test_train_rl import train

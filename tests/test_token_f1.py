@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskgym.envs.scoring import exact_match, token_f1
+from maskgym.envs.data.scoring import exact_match, token_f1
 
 TABLE = [
     ("red, blue, blue", ("red, blue, blue",), 1),

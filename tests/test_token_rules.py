@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from maskgym.backbones import EncodingBank
-from maskgym.backbones.arrange import arrange
-from maskgym.backbones.cost import DecoderShape
-from maskgym.backbones.masks import MaskLayout
-from maskgym.backbones.published_cost import fastv_layer_macs
-from maskgym.backbones.saliency import Saliency
-from maskgym.backbones.stages import Stage, token_counts
+from maskgym.backbones.encodings.saliency import Saliency
+from maskgym.backbones.engine.arrange import arrange
+from maskgym.backbones.plans.cost import DecoderShape
+from maskgym.backbones.plans.masks import MaskLayout
+from maskgym.backbones.plans.published_cost import fastv_layer_macs
+from maskgym.backbones.plans.stages import Stage, token_counts
 from maskgym.eval.policies import load_planner
 from maskgym.policies.static.diversity import CDPrunerPlanner, DivPrunePlanner
 from maskgym.policies.static.inside import FastVPlanner

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from maskgym.eval.tracking import Tracker
+from maskgym.common.tracking import Tracker
 
 
 def test_off_unless_asked(tmp_path):

@@ -14,11 +14,11 @@ from trl import SFTTrainer
 
 import maskgym.training.backbone as train_backbone
 from maskgym.backbones import InputError, load_backbone
-from maskgym.backbones.loading import load_processor
-from maskgym.envs.queries import DatasetQueries, load_queries
-from maskgym.eval.runs import RunFolder
-from maskgym.policies.elastic import Collator
-from maskgym.policies.training_queries import TrainingQueries
+from maskgym.backbones.loading.load import load_processor
+from maskgym.common.run_folder import RunFolder
+from maskgym.envs.data.queries import DatasetQueries, load_queries
+from maskgym.training.elastic import Collator
+from maskgym.training.training_queries import TrainingQueries
 from tests.conftest import build_of, command, make_dataset
 from tests.families import build_family
 

@@ -12,12 +12,12 @@ import maskgym.eval.__main__ as eval_main
 import maskgym.training.gumbel as train_gumbel
 import maskgym.training.rl as train_rl
 from maskgym.backbones import EncodingBank, load_backbone
-from maskgym.backbones.survivors import POSITIONS
+from maskgym.backbones.plans.survivors import POSITIONS
+from maskgym.common.run_folder import RunFolder
+from maskgym.common.tracking import Tracker
 from maskgym.envs import load_queries
-from maskgym.eval.controller_runs import RunJournal
-from maskgym.eval.runs import RunFolder
-from maskgym.eval.tracking import Tracker
-from maskgym.policies.learned import load_controller, planner_of
+from maskgym.policies.controller.learned import load_controller, planner_of
+from maskgym.training.controller_runs import RunJournal
 from tests.conftest import command
 
 OPTIONS = (

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import maskgym.eval.__main__ as eval_main
 import maskgym.training.rl as train_rl
-from maskgym.eval.clock import throughput
-from maskgym.eval.runs import RunFolder
+from maskgym.common.run_folder import RunFolder
+from maskgym.training.clock import throughput
 from tests.conftest import command
 from tests.refusals import snapshot
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from maskgym.envs.accepted import Accepted
-from maskgym.envs.benchmarks.vqa import (
+from maskgym.envs.data.accepted import Accepted
+from maskgym.envs.data.benchmarks.vqa import (
     CONTRACTIONS,
     leave_one_out,
     normalise_vqa,
@@ -13,7 +13,7 @@ from maskgym.envs.benchmarks.vqa import (
     vizwiz_score,
     vqav2_score,
 )
-from maskgym.envs.scoring import score
+from maskgym.envs.data.scoring import score
 
 NORMALISED = [
     # lower case and white space

@@ -1,10 +1,10 @@
 """One adapter a family."""
 
+from maskgym.backbones.families.family import Family
 from maskgym.backbones.families.idefics3 import Idefics3Family
 from maskgym.backbones.families.llava import LlavaFamily
 from maskgym.backbones.families.llava_next import LlavaNextFamily
 from maskgym.backbones.families.qwen2_5_vl import Qwen25VLFamily
-from maskgym.backbones.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
     model_type: family

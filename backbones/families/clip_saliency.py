@@ -11,8 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgym.backbones.family import Family
-from maskgym.backbones.saliency import CLS_FEATURES, CLS_LAST, SIGNALS, Saliency, first_row, hearing, mean_received
+from maskgym.backbones.encodings.saliency import (
+    CLS_FEATURES,
+    CLS_LAST,
+    SIGNALS,
+    Saliency,
+    first_row,
+    hearing,
+    mean_received,
+)
+from maskgym.backbones.families.family import Family
 
 
 class ClipSaliencyFamily(Family):

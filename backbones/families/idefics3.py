@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskgym.backbones.cost import mlp_flops
-from maskgym.backbones.family import Family
-from maskgym.backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
+from maskgym.backbones.encodings.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
+from maskgym.backbones.families.family import Family
+from maskgym.backbones.plans.cost import mlp_flops
 
 
 class Idefics3Family(Family):

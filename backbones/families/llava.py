@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgym.backbones.cost import mlp_flops
+from maskgym.backbones.encodings.saliency import Saliency
 from maskgym.backbones.families.clip_saliency import ClipSaliencyFamily
-from maskgym.backbones.family import clip_side_flops, clip_tokens
-from maskgym.backbones.saliency import Saliency
+from maskgym.backbones.families.family import clip_side_flops, clip_tokens
+from maskgym.backbones.plans.cost import mlp_flops
 
 
 class LlavaFamily(ClipSaliencyFamily):

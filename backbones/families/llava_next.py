@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from maskgym.backbones.encodings.saliency import Saliency
 from maskgym.backbones.families.clip_saliency import ClipSaliencyFamily
-from maskgym.backbones.family import clip_side_flops, clip_tokens
-from maskgym.backbones.saliency import Saliency
+from maskgym.backbones.families.family import clip_side_flops, clip_tokens
 
 
 class LlavaNextFamily(ClipSaliencyFamily):

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskgym.backbones.attention import rotate
-from maskgym.backbones.cost import mlp_flops
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.family import Family
-from maskgym.backbones.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
+from maskgym.backbones.encodings.saliency import MEAN_FEATURES, MEAN_LAST, Saliency, hearing, mean_received
+from maskgym.backbones.engine.attention import rotate
+from maskgym.backbones.families.family import Family
+from maskgym.backbones.plans.cost import mlp_flops
+from maskgym.common.errors import InputError
 
 
 class Qwen25VLFamily(Family):

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import tyro
 
-from maskgym.backbones.encoding import EncodingBank, Query
+from maskgym.backbones.encodings.encoding import EncodingBank, Query
 from maskgym.envs import load_queries
 from maskgym.eval import cli
 from maskgym.eval.demo.comparison import Comparison
+from maskgym.eval.measure.timing import first_queries
 from maskgym.eval.policies import backbone_of, expectation_of
-from maskgym.eval.timing import first_queries
 
 PAGE = Path(__file__).parent / "page.py"
 

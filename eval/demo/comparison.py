@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from threading import Lock
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.errors import InputError
-from maskgym.eval.latency import measure
-from maskgym.eval.plan_pictures import plan_png
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.common.errors import InputError
+from maskgym.eval.measure.latency import measure
+from maskgym.eval.measure.plan_pictures import plan_png
 from maskgym.eval.policies import load_planner
 from maskgym.policies.baselines import BASELINES
 from maskgym.policies.planner import Planner
-from maskgym.policies.replies import Planned, Reply
+from maskgym.policies.wrappers.replies import Planned, Reply
 
 FULL = "full"
 REPEATS, WARM_UP = 3, 1

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.errors import InputError
-from maskgym.envs.scoring import score
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.common.errors import InputError
+from maskgym.envs.data.scoring import score
 from maskgym.eval.demo.command import Served
 from maskgym.eval.demo.comparison import FULL, Side
 from maskgym.eval.demo.uploads import uploaded_query

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.images import read_image
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.backbones.encodings.images import read_image
+from maskgym.common.errors import InputError
 
 
 def uploaded_query(content: bytes, name: str, question: str, megabytes: float, megapixels: float) -> Query:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from maskgym.backbones.masks import AXES
-from maskgym.eval.tune import baseline_of
+from maskgym.backbones.plans.masks import AXES
+from maskgym.eval.studies.tune import baseline_of
 
 
 @dataclass(frozen=True)

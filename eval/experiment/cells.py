@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from maskgym.backbones import Backbone, EncodingBank
-from maskgym.backbones.atomic import write_atomically, write_json, write_text
-from maskgym.backbones.errors import InputError, first_line, printable
-from maskgym.backbones.plain_files import check_inside, is_number, read_columns, read_records
-from maskgym.eval.evaluate import Record, outcomes_met
+from maskgym.common.atomic import write_atomically, write_json, write_text
+from maskgym.common.errors import InputError, first_line, printable
+from maskgym.common.plain_files import check_inside, is_number, read_columns, read_records
+from maskgym.common.run_folder import COMMAND, RunFolder
+from maskgym.common.stopping import run_process
 from maskgym.eval.experiment.arms import Arm
+from maskgym.eval.measure.evaluate import Record, outcomes_met
+from maskgym.eval.measure.timing import add_timing, first_queries
 from maskgym.eval.policies import load_planner
-from maskgym.eval.runs import COMMAND, RunFolder
-from maskgym.eval.stopping import run_process
-from maskgym.eval.timing import add_timing, first_queries
 
 RECORDS, OUTCOMES, FAILURE = "records.json", "outcomes.npz", "failure.txt"
 KEPT_COLUMNS = ("accuracy", "llm_flops_ratio")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskgym.backbones.masks import AXES
+from maskgym.backbones.plans.masks import AXES
 from maskgym.eval.experiment.arms import ADALLAVA, ESTIMATORS, FULL, STATIC_TOKENS, Prepared, untrained
 from maskgym.eval.experiment.statistics import Comparison, show_p
 from maskgym.eval.experiment.summary import MOST_LOST, ArmResult, area_of, enumerated, shared_budgets

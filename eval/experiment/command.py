@@ -13,22 +13,22 @@ import tyro
 from tqdm import tqdm
 
 from maskgym.backbones import Backbone, EncodingBank
-from maskgym.backbones.atomic import temporary, write_json, write_text
-from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.common.atomic import temporary, write_json, write_text
+from maskgym.common.plain_files import MALFORMED, read_json
+from maskgym.common.run_folder import check_place, environment, make_folder
 from maskgym.envs import load_queries
-from maskgym.envs.answer_length import say_cuts
-from maskgym.envs.queries import DatasetQueries
+from maskgym.envs.data.answer_length import say_cuts
+from maskgym.envs.data.queries import DatasetQueries
 from maskgym.eval import cli
 from maskgym.eval.answering import Answering
-from maskgym.eval.evaluate import check_budgets
 from maskgym.eval.experiment.arms import EXPERIMENTS, TUNED, Arm, Prepared, settings_of
 from maskgym.eval.experiment.cells import Cell, attempt, lay_out, measure, measure_times, train
 from maskgym.eval.experiment.jobs import side_by_side
 from maskgym.eval.experiment.report import Report
+from maskgym.eval.measure.evaluate import check_budgets
 from maskgym.eval.pricing import Pricing
-from maskgym.eval.runs import check_place, environment, make_folder
-from maskgym.eval.search_static import search
-from maskgym.eval.tune import GRID, best_settings, evaluate_settings, read_grid
+from maskgym.eval.studies.search_static import search
+from maskgym.eval.studies.tune import GRID, best_settings, evaluate_settings, read_grid
 from maskgym.policies.static.search import SearchSettings
 
 HEAD = "experiment.json"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from maskgym.backbones.errors import InputError
+from maskgym.common.errors import InputError
+from maskgym.common.stopping import Stopped, StopSignals
 from maskgym.eval.experiment.cells import Cell
-from maskgym.eval.stopping import Stopped, StopSignals
 
 Prepare = Callable[[], Any]
 Work = Callable[[Any, Cell], None]

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from maskgym.backbones.atomic import write_text
+from maskgym.common.atomic import write_text
 from maskgym.eval.experiment.claims import Answer
 from maskgym.eval.experiment.tables import Table
 

@@ -24,8 +24,8 @@ from maskgym.eval.experiment.arms import ESTIMATORS, FULL
 from maskgym.eval.experiment.cells import TIME
 from maskgym.eval.experiment.statistics import Estimate
 from maskgym.eval.experiment.summary import ArmResult, ranked
-from maskgym.eval.plan_pictures import show_heads, show_tokens
-from maskgym.eval.report import drawn
+from maskgym.eval.measure.plan_pictures import show_heads, show_tokens
+from maskgym.eval.measure.report import drawn
 
 FORMATS = ("png", "svg")
 WIDTH, HEIGHT, LEGEND_ROW = 5.6, 3.7, 0.22

@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 
 from maskgym.backbones import Backbone, EncodingBank
-from maskgym.backbones.atomic import write_text
-from maskgym.envs.answer_length import answer_cut
-from maskgym.envs.queries import DatasetQueries
-from maskgym.envs.scoring import score
+from maskgym.common.atomic import write_text
+from maskgym.common.run_folder import command_line, environment
+from maskgym.common.tracking import Tracker
+from maskgym.envs.data.answer_length import answer_cut
+from maskgym.envs.data.queries import DatasetQueries
+from maskgym.envs.data.scoring import score
 from maskgym.eval.experiment.cells import TIME, Cell, fill
 from maskgym.eval.experiment.claims import answers, pairs, remarks
 from maskgym.eval.experiment.page import Picture, write_page
 from maskgym.eval.experiment.pictures import Shown, draw_adherence, draw_gallery, draw_learning, draw_tradeoff, is_ours
 from maskgym.eval.experiment.summary import ArmResult, area_of, collect, comparisons, estimates, gaps, images_of, ranked
 from maskgym.eval.experiment.tables import accuracy_table, comparison_table, convergence_table, cost_table, middle_table
-from maskgym.eval.failures import working
-from maskgym.eval.latency import device_name
+from maskgym.eval.measure.failures import working
+from maskgym.eval.measure.latency import device_name
 from maskgym.eval.policies import load_planner
-from maskgym.eval.runs import command_line, environment
-from maskgym.eval.tracking import Tracker
 from maskgym.policies.planner import Planner
 
 QUESTIONS = {

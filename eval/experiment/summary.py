@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from maskgym.backbones.errors import InputError
-from maskgym.envs.queries import DatasetQueries
-from maskgym.eval.evaluate import Record
+from maskgym.common.errors import InputError
+from maskgym.common.run_folder import RunFolder
+from maskgym.envs.data.queries import DatasetQueries
 from maskgym.eval.experiment.arms import FULL
 from maskgym.eval.experiment.cells import TIME, Cell
 from maskgym.eval.experiment.statistics import (
@@ -26,7 +26,7 @@ from maskgym.eval.experiment.statistics import (
     interquartile_mean,
     mean_over_seeds,
 )
-from maskgym.eval.runs import RunFolder
+from maskgym.eval.measure.evaluate import Record
 
 NOT_YET = "not measured yet"
 

@@ -19,7 +19,7 @@ from maskgym.eval.experiment.statistics import (
     standard_error,
 )
 from maskgym.eval.experiment.summary import MOST_LOST, NOT_YET, SPARED, ArmResult, area_of, enumerated, ranked
-from maskgym.eval.report import markdown
+from maskgym.eval.measure.report import markdown
 
 
 @dataclass(frozen=True)

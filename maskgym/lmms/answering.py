@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from maskgym.backbones.answers import Answers
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.eval.evaluate import Record, check_budgets
-from maskgym.eval.latency import timed
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.eval.measure.evaluate import Record, check_budgets
+from maskgym.eval.measure.latency import timed
 from maskgym.lmms.requests import SCORE, Request
 from maskgym.policies.planner import Planner
-from maskgym.policies.replies import Planned, Reply
+from maskgym.policies.wrappers.replies import Planned, Reply
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from maskgym.adaptive import DEFAULT_BUDGET, AdaptiveVLM
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.loading import DTYPES, named_dtype
-from maskgym.eval.evaluate import Record, check_budgets
+from maskgym.backbones.loading.load import DTYPES, named_dtype
+from maskgym.common.errors import InputError
+from maskgym.eval.measure.evaluate import Record, check_budgets
 from maskgym.lmms.answering import Answering
 from maskgym.lmms.recorded import Recorded, RecordFile
 from maskgym.lmms.requests import Request
@@ -41,7 +41,7 @@ class Arguments:
         records: a new file for the records of all requests and budgets; needed for several.
         backbone: by default the one that the controller was trained on.
         device: by default CUDA, where there is one.
-        dtype: of the backbone's weights, one of ``maskgym.backbones.loading.DTYPES``.
+        dtype: of the backbone's weights, one of ``maskgym.backbones.loading.load.DTYPES``.
         batch_size: requests answered together.
         max_batch_size: lmms-eval's, of no use here: a batch size is not searched for.
     """

@@ -11,7 +11,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
-from maskgym.eval.evaluate import Record
+from maskgym.eval.measure.evaluate import Record
 from maskgym.lmms.arguments import Arguments
 from maskgym.lmms.requests import Request
 from maskgym.lmms.throughput import AVERAGED, throughput

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.plain_files import MALFORMED, parse_json
-from maskgym.eval.evaluate import Record, check_budgets
+from maskgym.common.errors import InputError
+from maskgym.common.plain_files import MALFORMED, parse_json
+from maskgym.eval.measure.evaluate import Record, check_budgets
 from maskgym.lmms.requests import Request
 
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from maskgym.backbones.encoding import Query
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.images import upright_rgb
-from maskgym.envs.side_by_side import side_by_side
+from maskgym.backbones.encodings.encoding import Query
+from maskgym.backbones.encodings.images import upright_rgb
+from maskgym.common.errors import InputError
+from maskgym.envs.data.side_by_side import side_by_side
 
 Documents = Mapping[str, Mapping[str, Any]]
 """By task and split what can be indexed by a document's number."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from maskgym.eval.evaluate import Record
+from maskgym.eval.measure.evaluate import Record
 
 AVERAGED = (
     "llm_flops_ratio",

@@ -26,25 +26,25 @@ from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
 from maskgym.backbones import Backbone, EncodingBank, InputError, load_backbone
+from maskgym.backbones.encodings.left_out import MAX_FAILED, LeftOut, check_max_failed
 from maskgym.backbones.families.llava import LlavaFamily
-from maskgym.backbones.left_out import MAX_FAILED, LeftOut, check_max_failed
-from maskgym.backbones.loading import dtype_name, named_dtype, own_dtype
-from maskgym.backbones.tiny import build_tiny
-from maskgym.backbones.tiny_vision import said_labels, train_vision
-from maskgym.envs.answer_length import say_cuts
-from maskgym.envs.queries import DatasetQueries, load_queries
-from maskgym.envs.scoring import reference
+from maskgym.backbones.loading.load import dtype_name, named_dtype, own_dtype
+from maskgym.backbones.tiny.build import build_tiny
+from maskgym.common.determinism import deterministic
+from maskgym.common.run_folder import RunFolder
+from maskgym.common.stopping import StopSignals
+from maskgym.envs.data.answer_length import say_cuts
+from maskgym.envs.data.queries import DatasetQueries, load_queries
+from maskgym.envs.data.scoring import reference
 from maskgym.eval import cli
 from maskgym.eval.answering import Answering
-from maskgym.eval.determinism import deterministic
-from maskgym.eval.evaluate import evaluate
-from maskgym.eval.runs import RunFolder
-from maskgym.eval.stopping import StopSignals
+from maskgym.eval.measure.evaluate import evaluate
 from maskgym.policies.adapters import lora_config, save_model
 from maskgym.policies.baselines import FullPlanner, RandomPlanner
-from maskgym.policies.elastic import ElasticSettings, ElasticTrainer, checkpoints, step_of
-from maskgym.policies.muon import MuonAdamW
-from maskgym.policies.training_queries import TrainingQueries
+from maskgym.training.elastic import ElasticSettings, ElasticTrainer, checkpoints, step_of
+from maskgym.training.muon import MuonAdamW
+from maskgym.training.tiny_vision import said_labels, train_vision
+from maskgym.training.training_queries import TrainingQueries
 
 
 @dataclasses.dataclass

@@ -16,22 +16,25 @@ import torch
 from tqdm import tqdm
 
 from maskgym.backbones import Backbone, EncodingBank
-from maskgym.backbones.errors import InputError, queries_named
-from maskgym.backbones.finite import refuse_bad_gradients
-from maskgym.backbones.left_out import LeftOut
+from maskgym.backbones.encodings.left_out import LeftOut
+from maskgym.common.determinism import deterministic
+from maskgym.common.errors import InputError, queries_named
+from maskgym.common.finite import refuse_bad_gradients
+from maskgym.common.run_folder import RunFolder
+from maskgym.common.stopping import StopSignals
+from maskgym.common.tracking import Tracker
 from maskgym.envs import load_queries
 from maskgym.envs.core import draw_budgets
-from maskgym.envs.scoring import reference
+from maskgym.envs.data.scoring import reference
 from maskgym.eval import cli
-from maskgym.eval.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
-from maskgym.eval.determinism import deterministic
-from maskgym.eval.report import markdown
-from maskgym.eval.runs import RunFolder
-from maskgym.eval.stopping import StopSignals
-from maskgym.eval.tracking import Tracker
-from maskgym.policies.adallava import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
-from maskgym.policies.adallava_training import AdaLlavaLearner
-from maskgym.policies.checkpoints import (
+from maskgym.eval.measure.report import markdown
+from maskgym.policies.adallava.scheduler import AdaLlavaConfig, AdaLlavaPlanner, AdaLlavaScheduler
+from maskgym.policies.adallava.training import AdaLlavaLearner
+from maskgym.policies.controller.decisions import Decider
+from maskgym.policies.controller.learned import planner_of
+from maskgym.policies.controller.network import TwoLevelController
+from maskgym.policies.relaxation.training import Learner, RelaxationSettings, RelaxedBatch, RelaxedLearner
+from maskgym.training.checkpoints import (
     load_checkpoint,
     optimizer_tensors,
     random_state,
@@ -40,11 +43,8 @@ from maskgym.policies.checkpoints import (
     restoring,
     save_checkpoint,
 )
-from maskgym.policies.controller import TwoLevelController
-from maskgym.policies.decisions import Decider
-from maskgym.policies.learned import planner_of
-from maskgym.policies.loss_scale import LossScale
-from maskgym.policies.relaxed_training import Learner, RelaxationSettings, RelaxedBatch, RelaxedLearner
+from maskgym.training.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
+from maskgym.training.loss_scale import LossScale
 
 
 @dataclasses.dataclass

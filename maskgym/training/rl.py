@@ -20,20 +20,22 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 from maskgym.backbones import Backbone
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.time_limit import check_seconds
+from maskgym.common.determinism import deterministic
+from maskgym.common.errors import InputError
+from maskgym.common.run_folder import RunFolder
+from maskgym.common.stopping import StopSignals
+from maskgym.common.time_limit import check_seconds
+from maskgym.common.tracking import Tracker
 from maskgym.envs import MaskingCore, MaskingVecEnv
 from maskgym.envs.ray_core import RayCore
 from maskgym.envs.sb3_env import info_columns
 from maskgym.eval import cli
-from maskgym.eval.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
-from maskgym.eval.determinism import deterministic
-from maskgym.eval.runs import RunFolder
-from maskgym.eval.settling import Settled
-from maskgym.eval.stopping import StopSignals
-from maskgym.eval.timing import how_to_calibrate, load_latency_model
-from maskgym.eval.tracking import Tracker
-from maskgym.policies.checkpoints import (
+from maskgym.eval.measure.timing import how_to_calibrate, load_latency_model
+from maskgym.policies.controller.learned import EXPECTED
+from maskgym.policies.controller.network import TwoLevelController
+from maskgym.policies.ppo.group_buffer import GroupRolloutBuffer
+from maskgym.policies.ppo.sb3_policy import FittedVecEnv, TwoLevelPolicy, ratio_sizes
+from maskgym.training.checkpoints import (
     load_checkpoint,
     optimizer_tensors,
     random_state,
@@ -42,13 +44,11 @@ from maskgym.policies.checkpoints import (
     restoring,
     save_checkpoint,
 )
-from maskgym.policies.controller import TwoLevelController
-from maskgym.policies.group_buffer import GroupRolloutBuffer
-from maskgym.policies.learned import EXPECTED
-from maskgym.policies.sb3_policy import FittedVecEnv, TwoLevelPolicy, ratio_sizes
+from maskgym.training.controller_runs import ControllerRunConfig, RunJournal, conclude, nothing_left
+from maskgym.training.settling import Settled
 
 if TYPE_CHECKING:
-    from maskgym.policies.joint_tuning import JointTuning
+    from maskgym.training.joint_tuning import JointTuning
 
 
 @dataclasses.dataclass

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.survivors import Survivors
-from maskgym.policies.bisection import most_that_fits
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
+from maskgym.backbones.plans.survivors import Survivors
+from maskgym.common.errors import InputError
 from maskgym.policies.planner import Planner
-from maskgym.policies.projection import budget_flops
+from maskgym.policies.planning.bisection import most_that_fits
+from maskgym.policies.planning.projection import budget_flops
 
 Skeleton = Callable[[Tensor], Masks]
 """Plans for some counts (B,) that cost what the real ones will, whichever tokens these keep."""
@@ -33,7 +33,7 @@ class CountPlanner(Planner):
         name: in records.
 
     Attributes:
-        positions: how the authors lay out what is kept; see ``maskgym.backbones.survivors``.
+        positions: how the authors lay out what is kept; see ``maskgym.backbones.plans.survivors``.
     """
 
     positions = "original"

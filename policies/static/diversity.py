@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.encodings.encoding import Encoding
 from maskgym.policies.static.counts import TokenPlanner
 
 DECIMALS, LEAST_GAIN = 5, 1e-4

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.stages import AttentionScore, Stage
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
+from maskgym.backbones.plans.stages import AttentionScore, Stage
+from maskgym.common.errors import InputError
 from maskgym.policies.static.counts import CountPlanner, Skeleton
 
 

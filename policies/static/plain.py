@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.stages import best_tokens
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.stages import best_tokens
 from maskgym.policies.static.counts import TokenPlanner
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.stages import AttentionScore, Stage, token_counts
-from maskgym.policies.bisection import most_that_fits
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
+from maskgym.backbones.plans.stages import AttentionScore, Stage, token_counts
+from maskgym.common.errors import InputError
+from maskgym.policies.planning.bisection import most_that_fits
 from maskgym.policies.static.inside import InsidePlanner
 
 

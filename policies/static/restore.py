@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.stages import best_tokens
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
+from maskgym.backbones.plans.stages import best_tokens
 from maskgym.policies.static.counts import Skeleton, TokenPlanner
 from maskgym.policies.static.diversity import CDPrunerPlanner, DivPrunePlanner
 from maskgym.policies.static.plain import RandomTokenPlanner, StridePlanner
@@ -36,7 +36,8 @@ class RestorePlanner(TokenPlanner):
     similarity to the nearest token that is denser still. Every dropped token goes into the anchor that it resembles
     most. Positions are
     restored: each group stands at the median of its members, and attention makes up for size and distance
-    (``maskgym.backbones.calibration``). The published form of ``@restored``, which merges into whatever a rule keeps.
+    (``maskgym.backbones.engine.calibration``). The published form of ``@restored``, which merges into
+    whatever a rule keeps.
 
     Args:
         backbone: prices the plans.

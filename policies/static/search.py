@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
+from maskgym.backbones.encodings.encoding import Encoding
 from maskgym.policies.static.searched import SearchedOrder
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskgym.backbones.atomic import write_text
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.plain_files import MALFORMED, read_json
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.plans.masks import Masks
+from maskgym.common.atomic import write_text
+from maskgym.common.errors import InputError
+from maskgym.common.plain_files import MALFORMED, read_json
 from maskgym.policies.planner import Planner
-from maskgym.policies.projection import project
+from maskgym.policies.planning.projection import project
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.picking import put
-from maskgym.backbones.saliency import SIGNALS, Saliency
-from maskgym.backbones.survivors import Survivors
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.encodings.saliency import SIGNALS, Saliency
+from maskgym.backbones.engine.picking import put
+from maskgym.backbones.plans.survivors import Survivors
+from maskgym.common.errors import InputError
 from maskgym.policies.static.counts import TokenPlanner
 
 SUBSTITUTE = "@mean-attention"

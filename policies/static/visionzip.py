@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgym.backbones.backbone import Backbone
-from maskgym.backbones.encoding import Encoding
-from maskgym.backbones.errors import InputError
-from maskgym.backbones.masks import Masks
-from maskgym.backbones.picking import pick
-from maskgym.backbones.stages import best_tokens
+from maskgym.backbones.encodings.encoding import Encoding
+from maskgym.backbones.engine.picking import pick
+from maskgym.backbones.plans.masks import Masks
+from maskgym.backbones.plans.stages import best_tokens
+from maskgym.common.errors import InputError
 from maskgym.policies.static.counts import Skeleton
 from maskgym.policies.static.tower import TowerPlanner
 

@@ -1,0 +1,1 @@
+"""Execution of plans on a decoder: what is dropped is not computed."""

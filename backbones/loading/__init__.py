@@ -1,0 +1,1 @@
+"""Models and processors from folders and hubs."""

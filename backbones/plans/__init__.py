@@ -1,0 +1,1 @@
+"""Plans: what is kept, and what it costs."""

@@ -1,0 +1,1 @@
+"""The embedded VLM ``small``, on a published language model."""

@@ -1,0 +1,1 @@
+"""The embedded VLM ``tiny``."""

@@ -1,0 +1,1 @@
+"""Queries: data sets, files, scenes, benchmarks, and how answers are scored."""

@@ -1,0 +1,1 @@
+"""Accuracy, FLOPs and time of policies."""

@@ -1,0 +1,1 @@
+"""AdaLLaVA's scheduler, and its training."""

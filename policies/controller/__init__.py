@@ -1,0 +1,1 @@
+"""The two-level controller, what it decides, and how it is saved."""

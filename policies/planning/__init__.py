@@ -1,0 +1,1 @@
+"""From confidences to plans within a budget."""

@@ -1,0 +1,1 @@
+"""The controller by relaxed plans: estimators, and their training."""
