@@ -3,7 +3,8 @@
 from maskgym.envs.core import MaskingCore
 from maskgym.envs.data.queries import DatasetQueries, load_queries
 from maskgym.envs.masking_env import MaskingEnv, MaskingVectorEnv
-from maskgym.envs.rewards import REWARDS, RewardTerms, WeightedReward
+from maskgym.envs.reward_spec import WeightedReward
+from maskgym.envs.rewards import REWARDS, RewardTerms
 from maskgym.envs.sb3_env import MaskingVecEnv
 
 __all__ = [

@@ -29,7 +29,8 @@ from maskgym.envs.data.queries import load_queries
 from maskgym.envs.data.scoring import reference, score
 from maskgym.envs.frames import frames
 from maskgym.envs.resets import ResetNeeded, fixed, one_each
-from maskgym.envs.rewards import Reward, RewardTerms, WeightedReward
+from maskgym.envs.reward_spec import WeightedReward
+from maskgym.envs.rewards import Reward, RewardTerms
 
 OBSERVATIONS = ("id", "features")
 OVERFLOW = "look at its weights, or give --dtype a wider type"

@@ -6,7 +6,8 @@ import pytest
 
 from maskgym.backbones import InputError
 from maskgym.envs.data.scoring import exact_match, reference, score, vqa_accuracy
-from maskgym.envs.rewards import RewardTerms, WeightedReward
+from maskgym.envs.reward_spec import WeightedReward
+from maskgym.envs.rewards import RewardTerms
 
 TERMS = RewardTerms(
     accuracy=np.array([1.0, 0.0, 1.0]),

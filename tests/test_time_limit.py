@@ -16,7 +16,7 @@ import pytest
 import maskgym.training.rl as train_rl
 from maskgym.backbones import InputError
 from maskgym.common.time_limit import LONGEST_ALARM, TimeLimitError, within
-from maskgym.envs.rewards import WeightedReward
+from maskgym.envs.reward_spec import WeightedReward
 from maskgym.training.checkpoints import load_checkpoint
 from tests.conftest import command
 from tests.test_rewards import TERMS
