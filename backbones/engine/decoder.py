@@ -114,7 +114,9 @@ class MaskedDecoder:
         first, frame = self._frames(tokens)
         for number in range(len(plans)):
             if masks.midway is not None and masks.midway.layer == number:
-                masks = masks.midway.decide(tokens.x_PD[tokens.ragged.last], masks)
+                state_BD = tokens.x_PD[tokens.ragged.last]
+                heads_BLH, layers_BL = masks.midway.decide(state_BD, masks.heads, masks.layers)
+                masks = replace(masks, heads=heads_BLH, layers=layers_BL)
                 plans[number:] = self._plan(masks)[number:]
                 staging.replan(masks)
             left = staging.enter(number, tokens)

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from maskgym.backbones.encodings.encoding import Encoding
 from maskgym.common.errors import InputError
-
-if TYPE_CHECKING:
-    from maskgym.backbones.plans.masks import Masks
 
 
 class Chooser(Protocol):
@@ -68,12 +65,20 @@ class Midway:
             return None
         return replace(first, units_B=torch.cat([part.units_B for part in parts if part is not None]))
 
-    def decide(self, state_BD: Tensor, masks: Masks) -> Masks:
-        """The plans with heads and layers from ``layer`` on as chosen."""
-        heads_BLH, layers_BL = self.chooser.choose(state_BD, self.units_B)
-        heads = torch.cat([masks.heads[:, : self.layer], heads_BLH[:, self.layer :]], dim=1)
-        layers = torch.cat([masks.layers[:, : self.layer], layers_BL[:, self.layer :]], dim=1)
-        return replace(masks, heads=heads, layers=layers)
+    def decide(self, state_BD: Tensor, heads_BLH: Tensor, layers_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads and layers of the plans, from ``layer`` on as chosen.
+
+        Args:
+            state_BD: of the extra token.
+            heads_BLH: bool, head slots so far.
+            layers_BL: bool, layers so far.
+        """
+        chosen = self.chooser.choose(state_BD, self.units_B)
+        heads_BLH, layers_BL = (
+            torch.cat([before[:, : self.layer], after[:, self.layer :]], dim=1)
+            for before, after in zip((heads_BLH, layers_BL), chosen, strict=True)
+        )
+        return heads_BLH, layers_BL
 
     def append_to(self, encoding: Encoding) -> Encoding:
         """The encoding with the extra token after each prompt."""

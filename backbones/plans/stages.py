@@ -10,21 +10,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from maskgym.backbones.engine.token_scores import View
-    from maskgym.backbones.plans.plan_cost import StagePrice
 
 EVERYTHING = torch.iinfo(torch.int64).max
 """``keep`` of rows that a stage leaves alone."""
 
 Asking = Literal["last", "marked", "all"]
 """Whose attention is asked for: of the row's last token, of the text tokens that the stage marks, of every token."""
+
+
+class View(Protocol):
+    """What a scorer sees: a prefill on entering a stage's layer (``engine.token_scores``)."""
+
+    @property
+    def tokens(self) -> Any:
+        """Those still there, packed, with their hidden states."""
+        ...
+
+    def attention(self, who: Asking = "last", here: bool = False) -> Tensor:
+        """(B, N) attention that visual tokens receive."""
+        ...
+
+
+class StagePrice(Protocol):
+    """What the cost of scoring depends on (``plans.plan_cost``)."""
+
+    @property
+    def entering_B(self) -> Tensor:
+        """Int64, tokens of the sequence that reach the stage."""
+        ...
+
+    def attention(self, who: Asking, here: bool) -> Tensor:
+        """(B,) int64: FLOPs of ``View.attention`` with the same arguments."""
+        ...
 
 
 class Scorer(Protocol):
