@@ -1,9 +1,10 @@
 .PHONY: check format types test test-slow test-all docs train audit gpu small
 
-check: ## Lint, format check and types, as CI runs them
+check: ## Lint, format check, types and which room imports which, as CI runs them
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 format: ## Mend what can be mended by machine
 	ruff check --fix .
