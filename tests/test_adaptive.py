@@ -227,6 +227,7 @@ def test_without_network_a_hub_id_says_what_to_put_where(monkeypatch):
         AdaptiveVLM.from_pretrained("me/mine")
 
 
+@pytest.mark.slow
 def test_options_of_the_backbone_and_its_name_are_saved(place, run_of, tmp_path):
     """A backbone that is known by name is not copied; the options that it had are asked of it again."""
     backbone = load_backbone(str(place / "vlm"), expected_answer_tokens=4)

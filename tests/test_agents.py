@@ -121,6 +121,7 @@ def test_agents_train_on_every_kind_of_environment(options, way, agent):
     trains(AGENTS[agent](WAYS[way]({**options, "observation": "features"})))
 
 
+@pytest.mark.slow
 def test_an_agent_trains_on_what_make_vec_env_makes_of_the_name_alone():
     trains(ppo(make_vec_env(ID)))
 
@@ -134,6 +135,7 @@ def test_an_agent_trains_in_another_process():
         env.close()
 
 
+@pytest.mark.slow
 def test_a_vec_monitor_sees_the_episodes_that_are_reported_without_it(options):
     env = MaskingVecEnv.make(2, **options)
     with pytest.warns(UserWarning, match="already wrapped with a `Monitor`"):
@@ -188,6 +190,7 @@ def test_evaluations_and_callbacks(options, tmp_path):
     assert callback.evaluations_results == [] or len(callback.evaluations_results[0]) == 8
 
 
+@pytest.mark.slow
 def test_a_saved_agent_goes_on(options, tmp_path):
     model = trains(ppo(MaskingVecEnv.make(2, **options, observation="features")))
     model.save(tmp_path / "agent")
@@ -258,7 +261,7 @@ def test_gymnasiums_wrappers_of_vectors_of_observations_take_single_environments
     assert many.observation_space.contains(many.reset(seed=0)[0])
 
 
-@pytest.mark.parametrize("observation", ["id", "features"])
+@pytest.mark.parametrize("observation", slow_but(["features"], ["id", "features"]))
 def test_checkers_have_nothing_to_say(tiny, observation):
     """Pictures included. Of features, SB3 says that two axes are not one, which its policies for dicts make of them."""
     env = gymnasium.make(ID, split="validation", observation=observation, render_mode="rgb_array").unwrapped

@@ -74,6 +74,7 @@ def test_violations_are_counted(small, source):
     assert record["budget_violations"] == 12 and record["llm_flops_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_tables_and_plots(records, tmp_path):
     lines = table(records).splitlines()
     assert len(lines) == 2 + len(records) and len({len(line) for line in lines}) == 1

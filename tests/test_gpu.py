@@ -112,12 +112,14 @@ def test_what_was_measured_is_not_repeated(tmp_path):
     assert "figures" in measure(narrow("cpu"), tmp_path, 60, steps)["one"] and calls == ["one", "one"]
 
 
+@pytest.mark.slow
 def test_time_ends_steps_and_leaves_others_out(tmp_path):
     step = Step(0.5, lambda machine, seconds: time.sleep(60))
     results = measure(narrow("cpu"), tmp_path, 3.2, {"endless": step, "late": step})
     assert "did not return within 3" in results["endless"]["error"] and "0 s were left" in results["late"]["skipped"]
 
 
+@pytest.mark.slow
 def test_smaller_batches_where_memory_ends(monkeypatch):
     tried = []
 
@@ -158,7 +160,7 @@ def test_the_command_prints_its_table_and_keeps_it(monkeypatch, capsys, tmp_path
 
 @pytest.mark.parametrize(
     ("options", "problem"),
-    [(["--seconds", "0"], "--seconds is 0"), ([], "there is no CUDA"), (["--out", "{file}/x"], "cannot be written")],
+    [(["--seconds", "0"], "--seconds is 0"), ([], "there is no CUDA"), (["--out", "{file}/x"], "is a file")],
 )
 def test_bad_options(monkeypatch, capsys, tmp_path, options, problem):
     (tmp_path / "file").touch()

@@ -45,8 +45,21 @@ def planned(package, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pieces(planned):
-    return Pieces(str(planned / "tokenizer.json"))
+def built(package):
+    return build_small()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(built, tmp_path_factory):
+    """The file of the stand-in's tokenizer."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    built[1].tokenizer.backend_tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pieces(tokenizer):
+    return Pieces(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +76,9 @@ def batch(rows, pieces):
 
 
 @pytest.fixture(scope="module")
-def both(package, pieces):
+def both(built, pieces):
     """A dense model with deltas, and the engine on the same weights."""
-    model, processor = build_small()
+    model, processor = built
     model.config.text_config.max_position_embeddings = 4096
     backbone = Backbone(LlavaFamily(model, processor), "stand-in", heads=9)
     decoder = DenseDecoder(model.model.language_model, rank=3)
@@ -176,6 +189,7 @@ def test_plans_of_a_pool_keep_what_they_say():
     assert kept_BN.sum(1).tolist() == counts_B.tolist()
 
 
+@pytest.mark.slow
 def test_pools_are_ordered_by_budget_and_survive_their_files(planned):
     train = Pool.load(planned / "pools" / "train.npz", 9)
     assert len(train) == 16 * 128 and train.heads_KLQ[:, 0].all(), "the first layer is protected"
@@ -186,9 +200,9 @@ def test_pools_are_ordered_by_budget_and_survive_their_files(planned):
     assert (layers.heads_KLQ.all(2) == layers.heads_KLQ.any(2)).all(), "layers go as a whole"
 
 
-def test_workers_draw_different_scenes_and_the_same_again(planned):
+def test_workers_draw_different_scenes_and_the_same_again(tokenizer):
     def first(seed):
-        return next(iter(Stream(str(planned / "tokenizer.json"), 2, 0, seed))).pixels
+        return next(iter(Stream(tokenizer, 2, 0, seed))).pixels
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
 

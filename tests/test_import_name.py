@@ -79,6 +79,7 @@ def test_own_folders_and_ours_leave_each_other_alone(tmp_path, session):
         assert "usage: maskgym eval run" in done.stdout and "usage: maskgym train-rl" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_has_one_name_at_its_top_and_all_modules(tmp_path):
     """Built from a copy without links, as a system without them has it."""
     pytest.importorskip("setuptools", minversion="77")

@@ -46,6 +46,7 @@ def priced(vlm, asked, monkeypatch, how, *policies, data=LONG, **options):
 def test_what_is_asked_for_is_what_plans_are_priced_at(vlm, asked, monkeypatch, capsys):
     mean = mean_length(vlm, load_queries(LONG, "train"))
     assert mean > 2
+    capsys.readouterr()  # where the data were made just now, that was said
     said = {}
     for how in (4, "mean", "predicted", None):
         said[how] = priced(vlm, asked, monkeypatch, how), capsys.readouterr().err

@@ -57,6 +57,7 @@ def test_drawn_layouts_are_exact(seed):
             assert counted(lambda one=one, alone=alone: backbone.prefill(one, alone)) == int(spent[row])
 
 
+@pytest.mark.slow
 def test_the_draws_differ():
     layouts = {(backbone.layout, backbone.decoder.width, backbone.hidden) for backbone in map(draw, range(16))}
     assert len(layouts) >= 12 and {width for _, width, _ in layouts} == {"heads", "heads+mlp"}

@@ -68,6 +68,7 @@ def test_the_first_to_leave_is_the_best_by_brute_force(small, source):
         assert shares[step] == pytest.approx(cost / search.full_flops)
 
 
+@pytest.mark.slow
 def test_it_beats_random_orders_on_the_queries_it_was_made_on(made, small):
     """Null: the mean divergence of random plans at the same cost."""
     _, file, batches = made
