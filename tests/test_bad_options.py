@@ -212,7 +212,7 @@ BACKBONE = [
             ("--questions 2 --elastic-questions 3", "at most --questions (2)"),
             ("--backbone nobody", "unknown backbone 'nobody'"),
             ("--backbone {mine}", "could not be read"),
-            ("--dtype float16", "'float16'"),
+            ("--dtype int8", "'int8'"),
             ("--validate-every 0", "--validate-every is 0"),
         )
     ),
