@@ -15,6 +15,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 import maskgym.eval.__main__ as eval_main
 import maskgym.training.backbone as train_backbone
 import maskgym.training.gumbel as train_gumbel
@@ -190,6 +192,8 @@ def check_command(words: list[str]) -> None:
 def _check_training(script: str, arguments: list[str]) -> None:
     config, check_values = TRAININGS[script]
     options: Any = _parsed(lambda: cli.parse(config, arguments))
+    if not torch.cuda.is_available():
+        options.device = "cpu"  # pages are also read where there is no GPU
     check_values(options)
     _check_values(options)
 

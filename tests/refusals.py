@@ -94,7 +94,7 @@ def lay_out_desk(place: Path) -> dict[str, Path]:
     named = {name: place / name for name in ("vlm", "data")}
     named |= {"place": place, "desk": desk, "run": desk / "run", "mine": desk / "mine"}
     backbone = load_backbone(str(named["vlm"]))
-    config = train_rl.RLConfig(backbone=str(named["vlm"]), data=str(named["data"]))
+    config = train_rl.RLConfig(backbone=str(named["vlm"]), data=str(named["data"]), dtype="float32")
     folder = RunFolder.create(named["run"], config)
     save_controller(TwoLevelController(config.sizes(backbone)), folder.path, backbone)
     named["mine"].mkdir()

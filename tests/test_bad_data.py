@@ -195,7 +195,7 @@ PPO = f"train_rl {SMALL} --envs 4 --plans-per-query 2 --batch-size 4"
 GUMBEL = f"train_gumbel {SMALL} --batch-size 2"
 EXPERIMENT = "eval experiment training --backbone {vlm} --out out --budgets 0.7 1 --arms full random --seeds 0"
 WHATEVER = {
-    PPO: "train",
+    PPO: "validation",
     GUMBEL: "validation",
     BACKBONE: "train",
     EXPERIMENT: "test",
@@ -216,7 +216,7 @@ EMPTY = [
         for command, split in WHATEVER.items()
         for data in ("none", "none-parquet", "none-jsonl")
     ),
-    Line(f"{PPO} --data {{none-json}}", "split 'train' has no rows"),
+    Line(f"{PPO} --data {{none-json}}", "split 'validation' has no rows"),
     Line(f"{PPO} --data {{untested}}", "split 'test' has no rows"),
     Line(f"{GUMBEL} --data {{untested}}", "split 'test' has no rows"),
     Line("eval audit random --backbone {vlm} --budgets 0.7 --data {one}", "has a single image here"),
