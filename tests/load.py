@@ -144,10 +144,13 @@ class SimulatedQueries:
 
 
 class SimulatedConfig(train_rl.RLConfig):
-    """A training whose backbone is simulated."""
+    """A training whose backbone is simulated; its answers have one token, whatever a data set would say."""
 
     def load(self, backbone: str) -> Backbone:
         return SimulatedVLM()
+
+    def load_priced(self) -> Backbone:
+        return self.load(self.backbone)
 
 
 class Memory(BaseCallback):
