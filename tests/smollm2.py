@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from gguf import GGUFWriter
 from PIL import Image
@@ -26,6 +29,14 @@ TEXTS = [
 ]
 CONTROL, NORMAL = 3, 1
 """Kinds of tokens, as files of this format number them."""
+
+
+@contextmanager
+def package_and_cache(place: Path) -> Iterator[Path]:
+    """Such a package in front of the real one, and a cache of its own, for as long as a module's tests last."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MASKGYM_CACHE", str(place / "cache"))
+        yield put_package(place, monkeypatch)
 
 
 def put_package(place: Path, monkeypatch) -> Path:

@@ -23,17 +23,15 @@ from maskgym.training.grow.model import Grown, Vision
 from maskgym.training.grow.plans import Pool, choose_tokens, gates_of, lay_out
 from maskgym.training.grow.run import Checkpoint, GrowConfig
 from maskgym.training.grow.stream import FINE, GRID, PADDING, Pieces, Stream, collate, lesson
-from tests.smollm2 import MLP, put_package
+from tests.smollm2 import MLP, package_and_cache
 
 QUESTIONS, ROOM = 4, 2000
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    place = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("MASKGYM_CACHE", str(place / "cache"))
-        yield put_package(place, monkeypatch)
+    with package_and_cache(tmp_path_factory.mktemp("site")) as file:
+        yield file
 
 
 @pytest.fixture(scope="module")

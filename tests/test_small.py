@@ -16,7 +16,7 @@ from maskgym.backbones.small import cache as small_cache
 from maskgym.backbones.small import smollm2
 from maskgym.backbones.small.build import build_small
 from maskgym.backbones.small.deltas import apply_deltas, delta_files
-from tests.smollm2 import LAYERS, asked, projection, put_package, random_deltas, write_deltas
+from tests.smollm2 import LAYERS, asked, package_and_cache, projection, random_deltas, write_deltas
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -24,10 +24,8 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """A stand-in for the published file, and a cache."""
-    place = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("MASKGYM_CACHE", str(place / "cache"))
-        yield put_package(place, monkeypatch)
+    with package_and_cache(tmp_path_factory.mktemp("site")) as file:
+        yield file
 
 
 @pytest.fixture(scope="module")

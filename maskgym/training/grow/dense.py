@@ -14,15 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MATRICES = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
+from maskgym.backbones.engine.attention import rotate
+from maskgym.backbones.small.deltas import ATTENTION, MLP
+
+MATRICES = {name: f"self_attn.{name}" for name in ATTENTION} | {name: f"mlp.{name}" for name in MLP}
 """The matrices of a layer that have deltas, by the names of the files of deltas."""
 
 
@@ -56,7 +51,6 @@ class DenseDecoder(nn.Module):
         super().__init__()
         config, layers = language_model.config, language_model.layers
         self.q_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.q_heads
         self.eps, self.intermediate = config.rms_norm_eps, config.intermediate_size
         generator = torch.Generator().manual_seed(seed)
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
@@ -162,8 +156,7 @@ def _layer(
     dtype, width = q_proj.dtype, cos_BSW.shape[-1]
     h = _norm(x_BSD, norms[0], eps).to(dtype)
     q, k, v = (F.linear(h, weight).unflatten(-1, (-1, width)).transpose(1, 2) for weight in (q_proj, k_proj, v_proj))
-    cos, sin = cos_BSW[:, None], sin_BSW[:, None]
-    q, k = (x * cos + _turned(x) * sin for x in (q, k))
+    q, k = (rotate(x, cos_BSW, sin_BSW) for x in (q, k))
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     bias = bias_BSS[:, None].expand(-1, q.shape[1], -1, -1)
     out_BSQW = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2) * heads_BQ[:, None, :, None]
@@ -171,8 +164,3 @@ def _layer(
     h = _norm(x_BSD, norms[1], eps).to(dtype)
     inner_BSI = F.silu(F.linear(h, gate_proj)) * F.linear(h, up_proj) * columns_BI[:, None]
     return x_BSD + F.linear(inner_BSI, down_proj)
-
-
-def _turned(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)

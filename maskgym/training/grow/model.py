@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maskgym.backbones.small.deltas import BASE, SETTINGS
+from maskgym.backbones.small.deltas import ATTENTION, BASE, MLP, SETTINGS, WHOLE
 from maskgym.common import atomic
 from maskgym.training.grow.dense import DenseDecoder, DenseGates
 from maskgym.training.grow.plans import Laid, lay_out_full
 from maskgym.training.grow.stream import Batch
 
 SHARDS = {
-    "attention": ("lora.q_proj", "lora.k_proj", "lora.v_proj", "lora.o_proj"),
-    "mlp": ("lora.gate_proj", "lora.up_proj", "lora.down_proj"),
-    "vision": ("norm.", "model."),
+    "attention": tuple(f"lora.{name}." for name in ATTENTION),
+    "mlp": tuple(f"lora.{name}." for name in MLP),
+    "vision": ("norm.", *WHOLE),
 }
 """Files of the trained weights, by what their tensors' names begin with."""
 

@@ -6,7 +6,6 @@ S places, P places of the prefix, D hidden width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgym.backbones.engine.arrange import group_medians, group_sizes
-from maskgym.training.coherent import CHANCES, NOISE, RESTORED_SHARE
+from maskgym.training.coherent import RESTORED_SHARE, draw_orders
 from maskgym.training.grow.dense import DenseGates
 
 FORBIDDEN = -1e4
@@ -153,28 +152,11 @@ def lay_out(full: Laid, kept_BN: Tensor, restored_B: Tensor, answer_BS: Tensor, 
 def choose_tokens(visual_BND: Tensor, counts_B: Tensor, generator: torch.Generator) -> Tensor:
     """(B, N) bool: that many tokens kept, drawn one by one, or together by what they show or where they are, as
     ``maskgym.training.coherent`` has them leave."""
-    rows, tokens, width = visual_BND.shape
-    device = visual_BND.device
-    side = math.isqrt(tokens)
-    kind_B1 = torch.multinomial(torch.tensor(CHANCES, device=device), rows, True, generator=generator)[:, None]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator)
-
-    centred_BND = visual_BND.detach().float() - visual_BND.detach().float().mean(1, keepdim=True)
-    content_BN = (centred_BND @ normal(rows, width, 1))[..., 0]
-    number_N = torch.arange(tokens, device=device)
-    at_N2 = torch.stack([number_N // side, number_N % side], dim=1) / side
-    phase_B13 = torch.rand(rows, 1, 3, device=device, generator=generator)
-    place_BN = (2 * math.pi * (at_N2 @ normal(rows, 2, 3) + phase_B13)).cos().sum(2)
-    noise_BN = normal(rows, tokens)
-    scores_BN = torch.where(kind_B1 == 1, _standard(content_BN), _standard(place_BN)) + NOISE * noise_BN
-    scores_BN = torch.where(kind_B1 == 0, noise_BN, scores_BN)
+    valid_BN = torch.ones(visual_BND.shape[:2], dtype=torch.bool, device=visual_BND.device)
+    alone_B1, scores_BN = draw_orders(visual_BND.detach(), valid_BN, generator)
+    drawn_BN = torch.rand(scores_BN.shape, device=scores_BN.device, generator=generator)
+    scores_BN = torch.where(alone_B1, drawn_BN, scores_BN)
     return scores_BN.argsort(1, descending=True).argsort(1) < counts_B[:, None]
-
-
-def _standard(scores_BN: Tensor) -> Tensor:
-    return (scores_BN - scores_BN.mean(1, keepdim=True)) / scores_BN.std(1, keepdim=True).clamp_min(1e-6)
 
 
 def draw_restored(rows: int, generator: torch.Generator, device: Any) -> Tensor:

@@ -16,14 +16,13 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
 from maskgym.envs.data import scenes_long
-from maskgym.envs.data.scene_questions import COLORS, SHAPES
+from maskgym.training.grow.lessons import WORDS
 
-IMAGE, USER, TURN, END = "<image>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
+USER, TURN, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 PADDING = -2
 QUESTIONS = 10
 """An image, as far as there is room."""
 
-SIZES = ("small", "large")
 RADII = scenes_long.LAYOUT.radii
 
 
@@ -62,7 +61,8 @@ class Batch:
         question: (T,) number of the question in the batch.
         long: (questions,) bool: whether its answer has several words.
         lessons: (B, N, 6) float32: of the object that covers most of each patch, colour, shape, size (-1: none) and
-            where its centre is from the patch's, in patches; and how much of the patch it covers.
+            where its centre is from the patch's, in patches; and how much of the patch it covers. Empty where there
+            is room for questions: those are other batches.
     """
 
     pixels: torch.Tensor
@@ -153,7 +153,7 @@ def collate(rows: list[tuple[Any, Any, list[Any]]], pieces: Pieces, room: int) -
         targets=torch.tensor(targets, dtype=torch.long),
         question=torch.tensor(question, dtype=torch.long),
         long=torch.tensor(long, dtype=torch.bool),
-        lessons=torch.from_numpy(np.stack([lesson(objects) for _, objects, _ in rows])),
+        lessons=torch.from_numpy(np.array([lesson(objects) for _, objects, _ in rows if not room], np.float32)),
     )
 
 
@@ -166,9 +166,9 @@ def lesson(objects: Any) -> np.ndarray:
     covered = np.stack([_covers(o, at[None, :], at[:, None]) for o in objects])
     share = covered.reshape(-1, GRID, FINE, GRID, FINE).mean((2, 4)).reshape(len(objects), -1)
     most = share.argmax(0)
-    told = np.array(
-        [[COLORS.index(o.color), SHAPES.index(o.shape), SIZES.index(o.size), GRID * o.x, GRID * o.y] for o in objects]
-    )[most]
+    told = np.array([[*map(tuple.index, WORDS, (o.color, o.shape, o.size)), GRID * o.x, GRID * o.y] for o in objects])[
+        most
+    ]
     middle = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), -1).reshape(-1, 2) + 0.5
     told[:, 3:] -= middle
     much = share.max(0)
